@@ -1,0 +1,2567 @@
+#!/usr/bin/env python3
+"""greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
+
+Sharifi, Entesari, Safaei, Patel, Fazlyab: "Gradient-Regularized Out-of-Distribution Detection",
+ECCV 2024, arXiv 2404.12368. Sections follow the paper's order and use its symbols; a section uses
+only sections above it, and the line under its banner says which.
+
+    §  section             paper            holds
+    1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
+    2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
+    3  Sampling            4.2, Alg. 1      K-Means, energy-based sampling
+    6  Metrics             6.1              FPR95, AUROC, AUPR
+
+Notation: S or s the score, LOW MEANS ID everywhere; s_in, s_aux scores of in-distribution and
+auxiliary samples; m_in, m_aux the margins; lambda_s, lambda_grad the weights; z = h(x) features;
+k clusters; gamma the decision threshold (ID iff s <= gamma). Shapes: N samples, K classes,
+d features, C×H×W images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gzip
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+# ==================================================================================================
+# 1  Networks: f(x) = W h(x) + b (Sections 3.1 and 6.1)
+# Needs: nothing
+# ==================================================================================================
+
+
+class Net(nn.Module):
+    """f(x) = W h(x) + b (Section 3.1): `features` is h, [N,C,H,W] -> [N,d]; `fc` holds W and b."""
+
+    def __init__(self, features: nn.Module, d: int, K: int):
+        super().__init__()
+        self.features, self.fc = features, nn.Linear(d, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x))
+
+
+class Residual(nn.Module):
+    """x -> body(x) + shortcut(x)."""
+
+    def __init__(self, body: nn.Module, shortcut: nn.Module):
+        super().__init__()
+        self.body, self.shortcut = body, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) + self.shortcut(x)
+
+
+class Concat(nn.Module):
+    """x -> [x, body(x)] along the channels."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(x)], dim=1)
+
+
+def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _bn_relu_conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    return [nn.BatchNorm2d(c_in), nn.ReLU(), _conv(c_in, c_out, kernel, stride)]
+
+
+def _pool(d: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+
+
+def _init(net: Net, mode: str) -> Net:
+    """He initialisation of the convolutions; fan recomputed for each of them.
+
+    The DenseNet-BC copied through the field's code bases takes the fan of another loop variable
+    (every weight ~ N(0, 2/16)): fresh eval-mode logits then reach 1e28.
+    """
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode=mode, nonlinearity="relu")
+    nn.init.zeros_(net.fc.bias)
+    return net
+
+
+def resnet18(K: int) -> Net:
+    """ResNet-18 (He et al. 2016) with the 3×3 stem for 32×32 images, d = 512."""
+
+    def block(c_in: int, c: int, stride: int) -> nn.Module:
+        body = [_conv(c_in, c, 3, stride), nn.BatchNorm2d(c), nn.ReLU(), _conv(c, c, 3)]
+        plain = stride == 1 and c_in == c
+        project = nn.Sequential(_conv(c_in, c, 1, stride), nn.BatchNorm2d(c))
+        shortcut = nn.Identity() if plain else project
+        return nn.Sequential(Residual(nn.Sequential(*body, nn.BatchNorm2d(c)), shortcut), nn.ReLU())
+
+    layers, c_in = [_conv(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()], 64
+    for c, stride in (64, 1), (128, 2), (256, 2), (512, 2):
+        layers += [block(c_in, c, stride), block(c, c, 1)]
+        c_in = c
+    return Net(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 512, K)
+
+
+def wrn(depth: int, width: int, K: int) -> Net:
+    """Wide ResNet (Zagoruyko & Komodakis 2016), no dropout as in the released code, d = 64 width.
+
+    Raises ValueError unless depth = 6 n + 4.
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40, ...), got {depth}")
+    layers, c_in = [_conv(3, 16, 3)], 16
+    for c, first_stride in (16 * width, 1), (32 * width, 2), (64 * width, 2):
+        for i in range((depth - 4) // 6):
+            stride = first_stride if i == 0 else 1
+            first, rest = _bn_relu_conv(c_in, c, 3, stride), _bn_relu_conv(c, c, 3)
+            if stride == 1 and c_in == c:
+                layers += [Residual(nn.Sequential(*first, *rest), nn.Identity())]
+            else:  # the shortcut branches off after the first BN-ReLU where shapes change
+                body = nn.Sequential(first[2], *rest)
+                layers += [*first[:2], Residual(body, _conv(c_in, c, 1, stride))]
+            c_in = c
+    return _init(Net(nn.Sequential(*layers, *_pool(c_in)), c_in, K), mode="fan_out")
+
+
+def wrn40_2(K: int) -> Net:
+    """WRN-40-2, d = 128: the paper's WRN-40."""
+    return wrn(40, 2, K)
+
+
+def _dense_blocks(c: int, blocks: tuple[int, ...], growth: int) -> tuple[list[nn.Module], int]:
+    """DenseNet-BC (Huang et al. 2017): bottlenecks of 4·growth, transitions that halve."""
+    layers = []
+    for b, n in enumerate(blocks):
+        for _ in range(n):
+            body = [*_bn_relu_conv(c, 4 * growth, 1), *_bn_relu_conv(4 * growth, growth, 3)]
+            layers += [Concat(nn.Sequential(*body))]
+            c += growth
+        if b < len(blocks) - 1:
+            layers += [*_bn_relu_conv(c, c // 2, 1), nn.AvgPool2d(2)]
+            c //= 2
+    return layers, c
+
+
+def densenet100(K: int) -> Net:
+    """DenseNet-BC with 100 layers and growth 12, d = 342: the paper's "DenseNet-101"."""
+    layers, d = _dense_blocks(24, (16, 16, 16), growth=12)
+    return _init(Net(nn.Sequential(_conv(3, 24, 3), *layers, *_pool(d)), d, K), mode="fan_out")
+
+
+def densenet121(K: int) -> Net:
+    """DenseNet-121 for 224×224 images, d = 1024; equal to torchvision's, whose weights it loads."""
+    stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers, d = _dense_blocks(64, (6, 12, 24, 16), growth=32)
+    features = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *layers, *_pool(d))
+    return _init(Net(features, d, K), mode="fan_in")
+
+
+ARCHS: dict[str, Callable[[int], Net]] = {
+    "resnet18": resnet18,
+    "wrn40_2": wrn40_2,
+    "densenet100": densenet100,
+    "densenet121": densenet121,
+    "wrn10_1": lambda K: wrn(10, 1, K),  # small enough for a CPU; not in the paper
+    "wrn16_1": lambda K: wrn(16, 1, K),
+}
+
+
+def load_weights(net: Net, path: str) -> Net:
+    """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
+
+    Public files (energy_ood, outlier-exposure, DICE/LINe/POEM, GReg, torchvision) name the same
+    layers differently; but all list them in forward order. So names are matched by position, and
+    each pair must agree in role (the name's last part) and in shape. (A non-strict load, as in the
+    released code, leaves a head of another name at random without a word.)
+
+    Raises FileNotFoundError without the file, ValueError for anything that does not fit.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except Exception as e:
+        message = f"{path} is not a checkpoint of plain tensors that can be read safely: {e}"
+        raise ValueError(message.splitlines()[0]) from None
+    for key in ("net", "state_dict", "model"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    counters = "num_batches_tracked"  # absent from files older than PyTorch 0.4.1
+    theirs = {k: v for k, v in state.items() if not k.endswith(counters)}
+    ours = {k: v for k, v in net.state_dict().items() if not k.endswith(counters)}
+    if len(theirs) != len(ours):
+        raise ValueError(f"{path} has {len(theirs)} tensors, the network {len(ours)}")
+    for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True):
+        if a.rsplit(".")[-1] != b.rsplit(".")[-1] or x.shape != y.shape:
+            shapes = f"{tuple(x.shape)} where the network has {b} {tuple(y.shape)}"
+            raise ValueError(f"{path} is of another network or class count: {a} {shapes}")
+    net.load_state_dict(net.state_dict() | dict(zip(ours, theirs.values(), strict=True)))
+    return net
+
+
+# ==================================================================================================
+# 2  Scores and losses (Sections 3.2 and 4.1)
+# Needs: nothing
+# ==================================================================================================
+
+
+def energy_score(logits: Tensor) -> Tensor:
+    """S(x) = -LSE(f(x)) (Section 3.2), low for ID: logits [N,K] -> [N], in float32 or wider.
+
+    Half precision is widened first: rounding scores to bfloat16 alone moves FPR95 by a point.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return -torch.logsumexp(logits.to(wide), dim=1)
+
+
+def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
+    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)².
+
+    Only samples on the wrong side of their margin count. s_in [n], s_aux [m] -> scalar.
+    The default margins are those of the released code.
+    """
+    return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
+
+
+def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """‖∂(Σ_j mask_j s_j)/∂x_i‖₂ · mask_i for each sample: [N], differentiable once more.
+
+    s [N] scores computed from x [N,...], which must have required grad beforehand; mask [N] bool.
+    Where the gradient is zero the norm is 0 and so is its gradient (a square root of the sum of
+    squares would give NaN). In training mode batch norm couples the samples, so that row i also
+    feels the others' scores: masking before and after keeps masked samples out of both. In eval
+    mode row i is ‖∇S(x_i)‖ exactly. Raises ValueError if s does not depend on x.
+    """
+    if not (x.requires_grad and s.requires_grad):
+        raise ValueError("call x.requires_grad_() before the forward pass that computes s")
+    keep = torch.ones_like(s) if mask is None else mask.to(s.dtype)
+    (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True)
+    return torch.linalg.vector_norm(g.reshape(len(x), -1), dim=1) * keep
+
+
+def gradient_loss(
+    s: Tensor,
+    x: Tensor,
+    n_in: int,
+    m_in: float = -25.0,
+    m_aux: float = -7.0,
+    reduction: str = "paper",
+) -> Tensor:
+    """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
+
+    Only samples already on the right side of their margin count: the complement of Eq. (1).
+    s [N] scores of x [N,...], the first n_in rows in-distribution -> scalar, differentiable in the
+    weights. The released code differentiates the mean instead of each sample's score and averages
+    over all N rows, so that its term is Eq. (3) / N: reduction="released".
+    """
+    if reduction not in ("paper", "released"):
+        raise ValueError(f'reduction must be "paper" or "released", got {reduction!r}')
+    if not 0 < n_in < len(s):
+        raise ValueError(f"need ID and auxiliary samples, got n_in={n_in} of {len(s)}")
+    norm = gradient_norm(s, x, torch.cat([s[:n_in] <= m_in, s[n_in:] >= m_aux]))
+    loss = norm[:n_in].mean() + norm[n_in:].mean()
+    return loss if reduction == "paper" else loss / len(s)
+
+
+class GregLoss(NamedTuple):
+    """What `greg_loss` returns: the objective, its three terms, and the forward pass behind them."""
+
+    loss: Tensor
+    ce: Tensor
+    energy: Tensor
+    gradient: Tensor
+    logits: Tensor
+    scores: Tensor
+
+
+def greg_loss(
+    net: nn.Module,
+    x_in: Tensor,
+    y_in: Tensor,
+    x_aux: Tensor,
+    m_in: float = -25.0,
+    m_aux: float = -7.0,
+    lambda_s: float = 0.1,
+    lambda_grad: float = 1.0,
+    reduction: str = "paper",
+    score: Callable[[Tensor], Tensor] = energy_score,
+    aux_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+) -> GregLoss:
+    """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
+
+    x_in [n,...], y_in [n] int64 labels, x_aux [m,...]; `net` is any module that returns logits
+    [n+m,K]. (The released code runs the network twice a step, updating batch statistics twice.)
+    The gradient term on another method (Table 4): its `aux_loss(f_in, f_aux, y_in)` of the logits
+    in the place of Eq. (1), and its `score` of the logits, low for ID, in the place of S.
+    Raises ValueError for a compiled net: double backward through one has been silently wrong.
+    """
+    compiled = hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None)
+    if lambda_grad and compiled:
+        raise ValueError("the gradient term needs the plain network, not a torch.compile'd one")
+    n_in = len(x_in)
+    x = torch.cat([x_in, x_aux]).detach().requires_grad_(lambda_grad != 0)
+    logits = net(x)
+    s = score(logits)
+    wide = logits.to(s.dtype)
+    ce = F.cross_entropy(wide[:n_in], y_in)
+    if aux_loss is None:
+        energy = energy_loss(s[:n_in], s[n_in:], m_in, m_aux)
+    else:
+        energy = aux_loss(wide[:n_in], wide[n_in:], y_in)
+    gradient = s.new_zeros(())
+    if lambda_grad:
+        gradient = gradient_loss(s, x, n_in, m_in, m_aux, reduction)
+    loss = ce + lambda_s * energy + lambda_grad * gradient
+    return GregLoss(loss, ce, energy, gradient, logits, s)
+
+
+def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+    """Outlier Exposure (Hendrycks et al. 2019): cross-entropy of f_aux to uniform, minus ln K."""
+    return (torch.logsumexp(f_aux, 1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
+
+
+def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+    """NTOM (Chen et al. 2021) and DOS (Jiang et al. 2024): cross-entropy of f_aux to class K+1."""
+    return -f_aux.log_softmax(1)[:, -1].mean()
+
+
+def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
+    """OpenMix (Zhu et al. 2023): mixed images are their ID image's class for the share lam of
+    their mixture, and class K+1 for the rest. f_aux [n,K+1] of lam x_in + (1 - lam) x_aux."""
+    return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
+
+
+def balanced_energy_loss(
+    f_in: Tensor,
+    f_aux: Tensor,
+    y_in: Tensor,
+    prior: Tensor,
+    m_in: float = -25.0,
+    m_aux: float = -7.0,
+    alpha: float = 10.0,
+    gamma: float = 0.05,
+) -> Tensor:
+    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by class.
+
+    Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma is large for the classes that are frequent among
+    auxiliary images, prior [K]: those weigh more, and their margin moves by alpha Z.
+    """
+    q = prior**gamma / (prior**gamma).sum()
+    Z = f_aux.softmax(1) @ q
+    aux = (Z * F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()).sum() / Z.sum()
+    return F.relu(energy_score(f_in) - m_in).square().mean() + aux
+
+
+# ==================================================================================================
+# 3  Sampling (Section 4.2, Algorithm 1)
+# Needs: nothing
+# ==================================================================================================
+
+
+def kmeans(
+    x: Tensor,
+    k: int,
+    n_init: int = 3,
+    max_iter: int = 100,
+    tol: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """K-Means (Lloyd 1982): x [N,d] -> labels [N] int64, centroids [k,d], inertia (a scalar).
+
+    The best of `n_init` restarts, all run as one batch on the device of x, in float32 or float64.
+    A restart has converged when no label changes; all stop at the latest when every sum of squared
+    centroid shifts is at most tol times the mean variance of a feature. The labels returned are
+    the nearest of the centroids returned. An empty cluster moves to the point farthest from its
+    centroid; with fewer than k distinct points some clusters stay empty.
+
+    Raises ValueError unless x is [N,d], finite, and 1 <= k <= N, n_init >= 1, max_iter >= 1.
+    """
+    if x.dim() != 2 or not 1 <= k <= len(x) or n_init < 1 or max_iter < 1:
+        message = f"need x [N,d] and 1 <= k <= N, got x {list(x.shape)} and k={k}"
+        raise ValueError(f"{message}, n_init={n_init}, max_iter={max_iter}")
+    if not x.isfinite().all():
+        raise ValueError("K-Means needs finite points; x has NaN or infinite entries")
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(0)
+        x = x - mean  # small numbers: ‖x - c‖² = ‖x‖² - 2 x·c + ‖c‖² would cancel otherwise
+        c = _kmeans_plus_plus(x, k, n_init, generator)
+        enough = tol * x.square().mean()
+        labels, distance = _nearest(x, c)
+        for i in range(1, max_iter + 1):
+            old_labels, old_c = labels, c
+            c = _means(x, c, labels, distance)
+            labels, distance = _nearest(x, c)
+            # Asking a GPU for the answer stalls it, so ask it only now and then.
+            if x.device.type == "cpu" or i % 5 == 0:
+                still = (labels == old_labels).all(1) | ((c - old_c).square().sum((1, 2)) <= enough)
+                if still.all():
+                    break
+        best = distance.sum(1).argmin()
+        labels, c = labels[best], c[best]
+        return labels, c + mean, (x - c[labels]).square().sum()
+
+
+def _kmeans_plus_plus(x: Tensor, k: int, R: int, generator: torch.Generator | None) -> Tensor:
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007), R times at once: [R,k,d].
+
+    The next centroid is the best of 2 + ⌊ln k⌋ points drawn with probability ∝ squared distance
+    to the nearest centroid so far, as in scikit-learn.
+    """
+    N, trials, square = len(x), 2 + int(math.log(k)), x.square().sum(1)
+    u = torch.rand(k, R, trials, generator=generator, device=x.device, dtype=x.dtype)
+
+    def distances(i: Tensor) -> Tensor:
+        return torch.addmm(square[i][:, None] + square, x[i], x.mT, alpha=-2).clamp_(min=0)
+
+    if N <= R * trials * k:  # then all pairs at once cost less than what is asked below
+        distances = distances(torch.arange(N, device=x.device)).__getitem__
+    r = torch.arange(R, device=x.device)
+    chosen = [(u[0, :, 0] * N).long().clamp(max=N - 1)]
+    closest = distances(chosen[0])
+    for t in range(1, k):
+        cumulative = closest.cumsum(1)
+        i = torch.searchsorted(cumulative, u[t] * cumulative[:, -1:]).clamp(max=N - 1)
+        nearer = torch.minimum(distances(i.flatten()).view(R, trials, N), closest[:, None])
+        best = nearer.sum(2).argmin(1)
+        closest = nearer[r, best]
+        chosen.append(i[r, best])
+    return x[torch.stack(chosen, 1)]
+
+
+def _nearest(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Label of and squared distance to the nearest centroid: x [N,d], c [R,k,d] -> [R,N] twice."""
+    d = torch.baddbmm(c.square().sum(2)[:, None], x.expand(len(c), -1, -1), c.mT, alpha=-2)
+    distance, labels = d.min(2)
+    return labels, (distance + x.square().sum(1)).clamp_(min=0)
+
+
+def _means(x: Tensor, c: Tensor, labels: Tensor, distance: Tensor) -> Tensor:
+    """Mean of each cluster's points [R,k,d]; the e-th empty cluster takes the e-th farthest point.
+
+    One-hot matrix products instead of scattered additions, whose order a GPU does not fix.
+    """
+    one_hot = F.one_hot(labels, c.shape[1]).to(x.dtype)
+    n = one_hot.sum(1)[..., None]
+    far = x[distance.topk(c.shape[1], dim=1).indices]
+    e = ((n == 0).cumsum(1) - 1).clamp(min=0).expand_as(c)
+    return torch.where(n > 0, (one_hot.mT @ x) / n.clamp(min=1), far.gather(1, e))
+
+
+def _extremes(labels: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks [N] of each cluster's sample of lowest and of highest score; ties: the first, last."""
+    order = s.argsort(stable=True)
+    order = order[labels[order].argsort(stable=True)]  # by cluster, and by score within it
+    change = labels[order].diff() != 0
+    edge = change.new_ones(1)
+    lowest, highest = torch.zeros_like(labels, dtype=torch.bool), torch.zeros_like(labels).bool()
+    lowest[order], highest[order] = torch.cat([edge, change]), torch.cat([change, edge])
+    return lowest, highest
+
+
+def _top_up(chosen: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Indices of the chosen samples (a mask), topped up at random to n distinct ones."""
+    lottery = torch.rand(len(chosen), generator=generator, device=chosen.device)
+    return (lottery + 2 * chosen).topk(n).indices
+
+
+def _clusters(z: Tensor, s: Tensor, k: int, n: int, generator: torch.Generator | None) -> Tensor:
+    """K-Means labels of the normalised features ẑ = z / ‖z‖ (Algorithm 1, lines 2 and 3)."""
+    if len(z) != len(s) or not 1 <= k or n > len(s):
+        message = f"cannot draw {n} from {len(z)} candidates ({len(s)} scores) in {k} clusters"
+        raise ValueError(f"{message}: give more candidates or a smaller k")
+    if s.isnan().any():
+        raise ValueError("the candidates' scores have NaN: the network has diverged")
+    z_hat = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))
+    return kmeans(z_hat, k, generator=generator)[0]
+
+
+def energy_sampling(
+    z: Tensor, s: Tensor, k: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Algorithm 1: 2k distinct indices into the candidates, given features z [N,d], scores s [N].
+
+    From each of k clusters of the normalised features the candidate of lowest score, for Eq. (1),
+    and that of highest score, for Eq. (3). A cluster of one gives one: as in the released code
+    the number is made up at random from the rest. Raises ValueError if 2k > N or a score is NaN.
+    """
+    lowest, highest = _extremes(_clusters(z, s, k, 2 * k, generator), s)
+    return _top_up(lowest | highest, 2 * k, generator)
+
+
+def dos_sampling(z: Tensor, s: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+    """DOS (Jiang et al. 2024): from each of k clusters the lowest score, here p_{K+1}: k indices.
+
+    z [N,d] features, s [N] scores; the number is made up at random. Raises as `energy_sampling`.
+    """
+    lowest, _ = _extremes(_clusters(z, s, k, k, generator), s)
+    return _top_up(lowest, k, generator)
+
+
+def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
+    """NTOM (Chen et al. 2021): the n samples of lowest score, here p_{K+1}, after a share q [N].
+
+    The very hardest outliers are skipped. Raises ValueError if fewer than n are left.
+    """
+    first = int(q * len(s))
+    if first + n > len(s):
+        raise ValueError(f"NTOM skips {first} of {len(s)} auxiliary images: {n} more are not there")
+    return s.argsort(stable=True)[first : first + n]
+
+
+def poem_posterior(
+    gram: Tensor, zy: Tensor, sigma: float = 20.0, sigma_n: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features, in float64.
+
+    gram = Z'Z [d,d], zy = Z'y [d], prior variance sigma, noise variance sigma_n -> the posterior's
+    mean [d] and the lower Cholesky factor [d,d] of its precision Z'Z / sigma_n + I / sigma. (The
+    released POEM multiplies the covariance by sigma once more.)
+    """
+    gram, zy = gram.double(), zy.double()
+    precision = gram / sigma_n + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / sigma
+    factor = torch.linalg.cholesky(precision)
+    return torch.cholesky_solve(zy[:, None] / sigma_n, factor)[:, 0], factor
+
+
+def poem_draw(mean: Tensor, factor: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A sample of the boundary's weights [d] from the posterior of `poem_posterior`."""
+    noise = torch.randn(len(mean), 1, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
+
+
+# ==================================================================================================
+# 5  Post-hoc scores (Section 2.1), low = ID
+# Needs: Net (1), energy_score (2)
+# ==================================================================================================
+
+
+def msp(logits: Tensor) -> Tensor:
+    """Maximum softmax probability (Hendrycks & Gimpel 2017), negated: [N,K] -> [N]."""
+    return -logits.softmax(1).amax(1)
+
+
+def absent(logits: Tensor) -> Tensor:
+    """Probability of the last, "absent" class of a K+1 head (Chen et al. 2021): [N,K+1] -> [N]."""
+    return logits.softmax(1)[:, -1]
+
+
+def odin(
+    net: nn.Module, x: Tensor, T: float = 1000.0, eps: float = 0.0014, std: Sequence[float] = (1.0,)
+) -> Tensor:
+    """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N].
+
+    MSP at temperature T of x moved by eps, in [0,1] pixels (so eps / std in the units of x), in
+    the direction that raises the predicted class's probability.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        f = net(x) / T
+        (g,) = torch.autograd.grad(F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
+    step = eps / torch.tensor(std, dtype=x.dtype, device=x.device).view(1, -1, *[1] * (x.dim() - 2))
+    with torch.no_grad():
+        return msp(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)) / T)
+
+
+def percentile(v: Tensor, p: float) -> float:
+    """NumPy's (linear) percentile p of all entries; torch.quantile refuses more than 16 M."""
+    v, position = v.flatten().double().sort().values, p / 100 * (v.numel() - 1)
+    low = math.floor(position)
+    high = min(low + 1, v.numel() - 1)
+    return (v[low] + (position - low) * (v[high] - v[low])).item()
+
+
+def react(z: Tensor, W: Tensor, b: Tensor, clip: float) -> Tensor:
+    """ReAct (Sun et al. 2021): energy score of the features clipped from above; z [N,d] -> [N]."""
+    return energy_score(z.clamp(max=clip) @ W.mT + b)
+
+
+def dice_mask(z_mean: Tensor, W: Tensor, p: float) -> Tensor:
+    """The contributions W ⊙ E[h(x)] above their p-th percentile: z_mean [d], W [K,d] -> [K,d]."""
+    V = W * z_mean
+    return V > percentile(V, p)
+
+
+def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: float = math.inf) -> Tensor:
+    """DICE (Sun & Li 2022): energy score through the masked head; with a clip, on top of ReAct."""
+    return react(z, W * mask, b, clip)
+
+
+def line_masks(
+    z_class: Tensor, W: Tensor, p_a: float, p_w: float
+) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """LINe's activation masks [K,d] and, class by class, its weight masks c -> [K,d].
+
+    The contribution of a feature to class c, E[h_j ∂f_c/∂h_j | y = c] (first-order Shapley), is
+    W_c ⊙ E[h | y = c] for a linear head: no backward pass for each sample. z_class [K,d] are the
+    class means E[h | y = c].
+    """
+    s = W * z_class
+    activation = torch.stack([row > percentile(row, p_a) for row in s])
+
+    def weight(c: int) -> Tensor:
+        V = s[c].abs() * W
+        return V > percentile(V, p_w)
+
+    return activation, weight
+
+
+def line(
+    z: Tensor,
+    W: Tensor,
+    b: Tensor,
+    activation: Tensor,
+    weight: Callable[[int], Tensor],
+    clip: float,
+) -> Tensor:
+    """LINe (Ahn et al. 2023): energy score with the predicted class's masks; z [N,d] -> [N].
+
+    One class at a time, so that no K×K×d tensor is needed.
+    """
+    z = z.clamp(max=clip)
+    predicted, s = (z @ W.mT + b).argmax(1), z.new_empty(len(z))
+    for c in predicted.unique().tolist():
+        rows = predicted == c
+        s[rows] = energy_score((z[rows] * activation[c]) @ (W * weight(c)).mT + b)
+    return s
+
+
+class PostHoc(NamedTuple):
+    """Hyper-parameters of the post-hoc scores."""
+
+    T: float = 1000.0
+    eps: float = 0.0014  # ODIN
+    react_p: float = 90.0  # percentile of the ID activations
+    dice_p: float = 90.0
+    line_a: float = 90.0  # activation mask
+    line_w: float = 90.0  # weight mask
+    line_clip: float = 1.0
+
+
+# ODIN: T and eps of ODIN's own table for DenseNet (CIFAR-10 .0014, CIFAR-100 .0028); the other
+# networks have no single published value. ReAct: 90 for CIFAR, its paper. DICE: 90 for CIFAR, 70
+# for ImageNet, its scripts. LINe: its scripts publish DenseNet on CIFAR and ResNet-50 on ImageNet;
+# nothing is published for ResNet-18 or WRN, which take DenseNet's.
+POST_HOC = {
+    "cifar10": PostHoc(),
+    "cifar100": PostHoc(eps=0.0028, line_a=10.0),
+    "imagenet": PostHoc(eps=0.0014, dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
+}
+
+
+class Fit(NamedTuple):
+    """What the post-hoc scores learn from the training set: one pass, no gradients."""
+
+    p: PostHoc
+    std: Sequence[float]
+    clip: float
+    mask: Tensor
+    activation: Tensor
+    weight: Callable[[int], Tensor]
+
+
+def fit_scores(net: Net, z: Tensor, y: Tensor, p: PostHoc, std: Sequence[float] = (1.0,)) -> Fit:
+    """Fit ReAct, DICE and LINe to training features z [N,d] (test transform) and labels y [N].
+
+    Raises ValueError if a class has no sample.
+    """
+    W, K = net.fc.weight.detach(), len(net.fc.weight)
+    one_hot = F.one_hot(y, K).to(z.dtype)
+    n = one_hot.sum(0)
+    if (n == 0).any():
+        raise ValueError(f"LINe needs training features of every class; {n.tolist()} per class")
+    activation, weight = line_masks(one_hot.mT @ z / n[:, None], W, p.line_a, p.line_w)
+    clip = percentile(z, p.react_p)
+    return Fit(p, std, clip, dice_mask(z.mean(0), W, p.dice_p), activation, weight)
+
+
+# Score of (net, normalised images x, logits f, features z, fit), each row by the name in --scores.
+SCORES: dict[str, Callable[[Net, Tensor, Tensor, Tensor, Fit], Tensor]] = {
+    "msp": lambda net, x, f, z, fit: msp(f),
+    "odin": lambda net, x, f, z, fit: odin(net, x, fit.p.T, fit.p.eps, fit.std),
+    "energy": lambda net, x, f, z, fit: energy_score(f),
+    "react": lambda net, x, f, z, fit: react(z, net.fc.weight, net.fc.bias, fit.clip),
+    "dice": lambda net, x, f, z, fit: dice(z, net.fc.weight, net.fc.bias, fit.mask),
+    "dice+react": lambda net, x, f, z, fit: dice(z, net.fc.weight, net.fc.bias, fit.mask, fit.clip),
+    "line": lambda net, x, f, z, fit: line(
+        z, net.fc.weight, net.fc.bias, fit.activation, fit.weight, fit.p.line_clip
+    ),
+    "absent": lambda net, x, f, z, fit: absent(f),
+    "msp of K": lambda net, x, f, z, fit: msp(f[:, :-1]),  # OpenMix drops its class K+1
+}
+POST_HOC_ROWS = ("msp", "odin", "energy", "react", "dice", "dice+react", "line")
+NEED_FIT = {"odin", "react", "dice", "dice+react", "line"}
+
+
+# ==================================================================================================
+# 6  Metrics (Section 6.1)
+# Needs: nothing
+# ==================================================================================================
+
+
+def _checked(s: Tensor, name: str) -> Tensor:
+    """Scores as a flat float64 tensor; empty or NaN is an error that names the set."""
+    s = torch.as_tensor(s).detach().flatten().double()
+    if len(s) == 0:
+        raise ValueError(f"no {name} scores: a metric needs at least one sample on each side")
+    if s.isnan().any():
+        raise ValueError(f"{int(s.isnan().sum())} of {len(s)} {name} scores are NaN")
+    return s
+
+
+def threshold(s_in: Tensor, tpr: float = 0.95, name: str = "ID") -> float:
+    """γ: the smallest value of s_in at or below which a share of at least tpr of s_in falls.
+
+    Integer arithmetic (⌈tpr·n⌉-th smallest score), no interpolation: γ is a decision rule that
+    `predict` can use. Raises ValueError for empty or NaN scores or tpr outside (0, 1].
+    """
+    s_in, share = _checked(s_in, name), Fraction(str(float(tpr)))
+    if not 0 < share <= 1:
+        raise ValueError(f"tpr must be in (0, 1], got {tpr}")
+    return s_in.sort().values[math.ceil(share * len(s_in)) - 1].item()
+
+
+def fpr_at_tpr(
+    s_in: Tensor, s_out: Tensor, tpr: float = 0.95, names: tuple[str, str] = ("ID", "OOD")
+) -> float:
+    """FPR95 (Section 6.1): the share of OOD accepted, s <= γ, where γ accepts 95 % of ID.
+
+    ID is positive and ties count against us, so that a constant score gives 1, not 0. Peers'
+    rules: the released code takes the recall nearest to 95 % (it may be below), DOS and ReAct
+    accept strictly (saturated scores look perfect), OpenOOD and pytorch-ood take OOD as positive.
+    """
+    return (_checked(s_out, names[1]) <= threshold(s_in, tpr, names[0])).double().mean().item()
+
+
+def auroc(s_in: Tensor, s_out: Tensor, names: tuple[str, str] = ("ID", "OOD")) -> float:
+    """P(s_in < s_out) + P(s_in = s_out) / 2: the Mann-Whitney statistic with exact counts."""
+    s_in, s_out = _checked(s_in, names[0]), _checked(s_out, names[1]).sort().values
+    below, not_above = (torch.searchsorted(s_out, s_in, right=r).sum() for r in (False, True))
+    pairs = len(s_in) * len(s_out)
+    return (2 * pairs - int(below) - int(not_above)) / (2 * pairs)
+
+
+def aupr(s_pos: Tensor, s_neg: Tensor, names: tuple[str, str] = ("ID", "OOD")) -> float:
+    """Average precision where low scores are positive: Σ (R_i - R_{i-1}) P_i over thresholds.
+
+    It depends on the ratio of positives to negatives, so print both counts beside it.
+    """
+    s_pos, s_neg = _checked(s_pos, names[0]).sort().values, _checked(s_neg, names[1]).sort().values
+    tp = torch.searchsorted(s_pos, s_pos, right=True).double()
+    fp = torch.searchsorted(s_neg, s_pos, right=True).double()
+    return (tp / (tp + fp)).mean().item()
+
+
+def ood_metrics(s_in: Tensor, s_out: Tensor, name: str = "OOD") -> dict[str, float]:
+    """All metrics of one OOD set, as fractions, with the counts that AUPR depends on."""
+    s_in, s_out = _checked(s_in, "ID"), _checked(s_out, name)
+    return {
+        "fpr95": fpr_at_tpr(s_in, s_out),
+        "auroc": auroc(s_in, s_out),
+        "aupr_in": aupr(s_in, s_out),
+        "aupr_out": aupr(-s_out, -s_in),
+        "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in),  # what OpenOOD and pytorch-ood print
+        "n_in": len(s_in),
+        "n_out": len(s_out),
+    }
+
+
+# ==================================================================================================
+# 7  Data (Section 6.1)
+# Needs: nothing
+# ==================================================================================================
+
+
+class Images(NamedTuple):
+    """A data set: x [N,H,W,3] uint8, y [N] int64 labels or None, its name, its classes' names."""
+
+    x: Tensor
+    y: Tensor | None
+    name: str
+    classes: tuple[str, ...] = ()
+
+
+Stats = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+STATS: dict[str, Stats] = {  # as the released code has them, but for "dice"
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": (_IMAGENET_MEAN, (0.229, 0.224, 0.225)),
+    # ReAct, DICE and LINe trained their public CIFAR checkpoints, of 10 and of 100 classes, so:
+    "dice": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+
+def normalise(x: Tensor, mean: Tensor | tuple, std: Tensor | tuple) -> Tensor:
+    """[N,H,W,C] uint8 -> (x / 255 - mean) / std as [N,C,H,W] float32, contiguous."""
+    on = {"dtype": torch.float32, "device": x.device}
+    mean, std = (torch.as_tensor(v, **on).view(-1, 1, 1) for v in (mean, std))
+    return x.permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(std)
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std for x [N,C,H,W] in [0,1]: in front of a net it makes radii pixel units."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+    """Random crop of the zero-padded image, then a flip with p = 1/2: [N,H,W,C] uint8 -> same.
+
+    One gather on the device of x. The generator may live elsewhere: with one on the CPU every
+    device makes the same crops.
+    """
+    n, h, w, _ = x.shape
+    on = {"generator": generator, "device": generator.device}
+    dy, dx = torch.randint(2 * pad + 1, (2, n, 1), **on).to(x.device)
+    flip = torch.randint(2, (n, 1), **on).to(x.device).bool()
+    row, col = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+    rows, cols = row + dy, torch.where(flip, w - 1 - col, col) + dx
+    padded = F.pad(x, (0, 0, pad, pad, pad, pad))
+    return padded[torch.arange(n, device=x.device)[:, None, None], rows[:, :, None], cols[:, None]]
+
+
+def batch(
+    x: Tensor,
+    index: Tensor,
+    mean: Tensor | tuple,
+    std: Tensor | tuple,
+    device: torch.device | str = "cpu",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Rows `index` of x [N,H,W,C] as normalised float [n,C,H,W]; augmented with a generator.
+
+    Only these rows are read and moved, so that x may be a memory-mapped file.
+    """
+    rows = x[index.to(x.device)].to(device, non_blocking=True)
+    return normalise(rows if generator is None else augment(rows, generator), mean, std)
+
+
+# The built-in benchmark: figures under random place, size, angle, colour, texture and noise.
+_SHAPES = ("disc", "triangle", "square", "star", "cross")
+_ID = _SHAPES + tuple("outlined " + shape for shape in _SHAPES)
+_AUX = ("field", "blobs", "amoeba", "bar", "ramp", "checkers")
+_OOD = ("crescents", "spirals", "strokes", "rays", "cells", "shards")
+SYNTHETIC: dict[str, tuple[tuple[str, ...], int]] = {  # split -> its families, number of images
+    "train": (_ID, 5000),
+    "test": (_ID, 2000),
+    "aux": (_AUX, 10000),
+    **{family: ((family,), 1000) for family in _OOD},
+}
+
+
+def _star(r: Tensor, a: Tensor, tips: int, notch: float) -> Tensor:
+    """A star with tips at radius 1 and notches at radius `notch`; cos(π / tips) is a polygon's."""
+    half = math.pi / tips
+    ex, ey = notch * math.cos(half) - 1, notch * math.sin(half)  # the edge from tip to notch
+    a = (torch.remainder(a + half, 2 * half) - half).abs()
+    return ((r * a.cos() - 1) * ey - r * a.sin() * ex) / math.hypot(ex, ey)
+
+
+def _upsample(coarse: Tensor) -> Tensor:
+    return F.interpolate(coarse, size=(32, 32), mode="bilinear")
+
+
+def _distance(family: str, u: Tensor, v: Tensor, draw: Callable[..., Tensor]) -> Tensor:
+    """Signed distance, negative inside, to a figure of radius about 1; u, v -> [n,32,32]."""
+    r, a = torch.hypot(u, v), torch.atan2(v, u)
+    match family:
+        case "disc":
+            return r - 0.85
+        case "triangle":
+            return _star(r, a, 3, 0.5)
+        case "square":
+            return _star(r, a, 4, math.sqrt(0.5))
+        case "star":
+            return _star(r, a, 5, 0.4)
+        case "cross":
+            long, short = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
+            return torch.maximum(long - 0.95, short - 0.3)
+        case "field":
+            return _upsample(draw(-1, 1, 36).reshape(-1, 1, 6, 6))[:, 0]
+        case "blobs":
+            d = torch.hypot(u[:, None] - draw(-1, 1, 5), v[:, None] - draw(-1, 1, 5))
+            return (d - draw(0.15, 0.45, 5)).amin(1)
+        case "amoeba":
+            bumps = (draw(-0.15, 0.15) * torch.cos(k * a + draw(0, 7)) for k in range(2, 7))
+            return r - 0.7 - sum(bumps)
+        case "bar":
+            return torch.maximum(u.abs() - 1.2, v.abs() - draw(0.1, 0.3))
+        case "ramp":
+            return u * draw(0.02, 0.2)
+        case "checkers":
+            f = draw(3, 7)
+            return torch.sin(u * f) * torch.sin(v * f) / f
+        case "crescents":
+            return torch.maximum(r - 0.85, 0.85 - torch.hypot(u + draw(0.35, 0.8), v))
+        case "spirals":
+            pitch = draw(0.6, 0.9)
+            arm = (torch.remainder(r / pitch - a / (2 * math.pi), 1) - 0.5).abs() - 0.15
+            return torch.maximum(arm * pitch, r - 1)
+        case "strokes":
+            ax, ay, bx, by = draw(-1, 1, 4, 3).unbind(1)
+            dx, dy, pu, pv = bx - ax, by - ay, u[:, None] - ax, v[:, None] - ay
+            t = ((pu * dx + pv * dy) / (dx**2 + dy**2 + 1e-6)).clamp(0, 1)
+            return torch.hypot(pu - t * dx, pv - t * dy).amin(1) - 0.12
+        case "rays":
+            n = draw(3, 7).floor()
+            return torch.sin(a * n) * r / n
+        case "cells":
+            d = torch.hypot(u[:, None] - draw(-1, 1, 6), v[:, None] - draw(-1, 1, 6))
+            first, second = d.topk(2, dim=1, largest=False).values.unbind(1)
+            return torch.maximum(second - first - 0.12, r - 1)
+        case "shards":  # three lines; the sign changes across each
+            angle = draw(0, 2 * math.pi, 3)
+            d = u[:, None] * angle.cos() + v[:, None] * angle.sin() - draw(-0.6, 0.6, 3)
+            return d.abs().amin(1) * d.sign().prod(1)
+        case _:  # "outlined ...", inwards from the edge
+            return (_distance(family.removeprefix("outlined "), u, v, draw) + 0.12).abs() - 0.12
+
+
+def _render(family: str, n: int, g: torch.Generator) -> Tensor:
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(n, *shape, 1, 1, generator=g) * (high - low) + low
+
+    def texture() -> Tensor:
+        return _upsample(torch.randn(n, 3, 8, 8, generator=g) * draw(0, 0.1, 1))
+
+    t = (torch.arange(32) + 0.5) / 16 - 1
+    x, y = t - draw(-0.2, 0.2), t[:, None] - draw(-0.2, 0.2)
+    size, angle = draw(0.6, 0.85), draw(0, 2 * math.pi)
+    u, v = (x * angle.cos() + y * angle.sin()) / size, (y * angle.cos() - x * angle.sin()) / size
+    mask = (0.5 - 16 * size * _distance(family, u, v, draw)).clamp(0, 1)  # 16 pixels a unit
+    back = draw(0, 1, 3)
+    front = torch.remainder(back + draw(0.25, 0.75, 3), 1)  # never too like the background
+    image = torch.lerp(back + texture(), front + texture(), mask[:, None])
+    image += torch.randn(image.shape, generator=g) * draw(0, 0.05, 1)
+    return (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
+
+
+def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
+    """The built-in benchmark: n images 32×32 of "train", "test", "aux" or an OOD family.
+
+    The ten ID classes are five shapes, filled or outlined; auxiliary and OOD images show other
+    families, drawn the same way. A function of (split, n, seed). Raises ValueError for an unknown
+    split or n < 1.
+    """
+    if split not in SYNTHETIC:
+        raise ValueError(f"synthetic has {', '.join(SYNTHETIC)}, not {split!r}")
+    families, n = SYNTHETIC[split][0], SYNTHETIC[split][1] if n is None else n
+    if n < 1:
+        raise ValueError(f"need at least one image, got n={n}")
+    g = torch.Generator().manual_seed(seed * len(SYNTHETIC) + list(SYNTHETIC).index(split))
+    y = torch.randperm(n, generator=g) % len(families)
+    x = torch.empty(n, 32, 32, 3, dtype=torch.uint8)
+    for k, family in enumerate(families[:n]):
+        x[y == k] = _render(family, int((y == k).sum()), g)
+    name = split if split in _OOD else f"synthetic {split}"
+    return Images(x, y, name, families) if families is _ID else Images(x, None, name)
+
+
+class Source(NamedTuple):
+    """A published set: its file has the name in the URL, and lies below the root."""
+
+    url: str
+    md5: str
+    folder: str = ""  # what the archive becomes, as torchvision has it; "": the file is read itself
+    count: int = 0  # images in the folder
+
+
+_KRIZ, _VGG = "https://www.cs.toronto.edu/~kriz/", "https://www.robots.ox.ac.uk/~vgg/data/dtd/"
+_NG, _MIT = "http://ufldl.stanford.edu/housenumbers/", "http://data.csail.mit.edu/places/"
+_BOX, _BERKELEY = "https://www.dropbox.com/s/", "https://people.eecs.berkeley.edu/~hendrycks/"
+SOURCES: dict[str, Source] = {
+    # file and md5 as in torchvision
+    "cifar10": Source(
+        _KRIZ + "cifar-10-python.tar.gz", "c58f30108f718f92721af3b95e74349a", "cifar-10-batches-py"
+    ),
+    "cifar100": Source(
+        _KRIZ + "cifar-100-python.tar.gz", "eb9058c3a382ffc7106e4002c42a8d85", "cifar-100-python"
+    ),
+    "svhn": Source(_NG + "test_32x32.mat", "eb5a983be6a315427106f1b164d9cef3"),
+    "textures": Source(
+        _VGG + "download/dtd-r1.0.1.tar.gz", "fff73e5086ae6bdbea199a49dfb8a4c1", "dtd/dtd", 5640
+    ),
+    "places365": Source(
+        _MIT + "places365/val_256.tar", "e27b17d8d44f4af9a78502beb927f808", "val_256", 36500
+    ),
+    # the files of ODIN, md5 as in pytorch-ood and detectors
+    "lsun_c": Source(
+        _BOX + "fhtsw1m3qxlwj6h/LSUN.tar.gz?dl=1", "458a0a0ab8e5f1cb4516d7400568e460", "LSUN", 10000
+    ),
+    "lsun_r": Source(
+        _BOX + "moqh2wh8696c3yl/LSUN_resize.tar.gz?dl=1",
+        "278b7b31c8cb7e804a1465a8ce03a2dc",
+        "LSUN_resize",
+        10000,
+    ),
+    "isun": Source(
+        _BOX + "ssz7qxfqae0cca5/iSUN.tar.gz?dl=1", "be77b0f2c26fda898afac5f99645ee70", "iSUN", 8925
+    ),
+    # outlier-exposure's; md5 as in pytorch-ood
+    "random300k": Source(_BERKELEY + "300K_random_images.npy", "64ca64357de98351f28454274a112dc3"),
+}
+PAPER_OOD = ("svhn", "textures", "places365", "lsun_c", "lsun_r", "isun")  # of Tables 1 and 2
+
+
+def extract(archive: str | Path, folder: str | Path) -> None:
+    """Unpack a tar archive as `folder`, all of it or nothing; a single top folder is `folder`.
+
+    Raises ValueError for an archive that is damaged, or has a member that would land outside the
+    folder or is neither file nor folder (links, devices). Only names and contents are taken over.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacking-") as parent:
+        inside = Path(parent).resolve() / "files"
+        inside.mkdir()
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    _unpack(tar, member, inside)
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as e:
+            raise ValueError(f"{archive} is damaged or incomplete ({e}): fetch it again") from None
+        top = list(inside.iterdir())
+        (top[0] if len(top) == 1 and top[0].is_dir() else inside).rename(folder)
+
+
+def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, inside: Path) -> None:
+    target = (inside / member.name).resolve()
+    if not target.is_relative_to(inside):
+        raise ValueError(f"{tar.name} is hostile: its member {member.name!r} leaves the folder")
+    if not (member.isfile() or member.isdir()):
+        raise ValueError(f"{tar.name} is hostile: {member.name!r} is neither file nor folder")
+    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+    if member.isfile():
+        with tar.extractfile(member) as source, open(target, "wb") as copy:
+            shutil.copyfileobj(source, copy)
+
+
+def _locate(name: str, root: str | Path, download: bool) -> Path:
+    """The folder or file of a published set; fetched only if asked, checked before it is used."""
+    from torchvision.datasets.utils import calculate_md5, download_url
+
+    source = SOURCES[name]
+    file, target = Path(root) / Path(source.url.split("?")[0]).name, Path(root) / source.folder
+    if source.folder and target.is_dir():
+        return target
+    if not file.exists():
+        option = {"cifar10": "--id", "cifar100": "--id", "random300k": "--aux"}.get(name, "--ood")
+        own = f"{option} {name}=PATH" if option == "--ood" else f"{option} PATH"
+        advice = f"put it there, run again with --download, or give images of your own: {own}"
+        if not download:
+            raise FileNotFoundError(f"{name}: no {file}. It comes from {source.url}; {advice}")
+        try:
+            download_url(source.url, str(file.parent), file.name + ".part")
+            file.with_name(file.name + ".part").rename(file)
+        except (OSError, RuntimeError) as e:
+            message = f"{name}: {source.url} could not be fetched to {file} ({e}); {advice}"
+            raise FileNotFoundError(message) from None
+    if (md5 := calculate_md5(file)) != source.md5:
+        message = f"{file} is damaged or another file: md5 {md5}, published {source.md5}"
+        raise ValueError(f"{message}; delete it and fetch it again")
+    if source.folder:
+        extract(file, target)
+    return target if source.folder else file
+
+
+def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
+    """An image file as RGB, short side resized to `size` (bilinear), centre crop: [1,size,size,3].
+
+    Raises FileNotFoundError without the file, ValueError naming a file that cannot be read.
+    """
+    from PIL import Image
+    from torchvision.transforms import functional as T
+
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":  # the conversion to 8 bits would clip, not scale
+                raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
+            image = image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image at {path}") from None
+    except Exception as e:  # Pillow's decoders raise whatever they stumble over
+        raise ValueError(f"{path} is not an image that can be read: {e}") from None
+    if not resize and min(image.size) < size:
+        raise ValueError(f"{path} is {image.size}, smaller than the crop of {size}×{size}")
+    image = T.resize(image, size, antialias=True) if resize else image
+    return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
+
+
+def _files(folder: Path) -> list[Path]:
+    suffixes = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+    found = (p for p in folder.rglob("*") if p.suffix.lower() in suffixes)
+    files = sorted(p for p in found if not p.name.startswith("."))
+    if not files:
+        raise ValueError(f"no images below {folder}: expected {', '.join(sorted(suffixes))} files")
+    return files
+
+
+def _decode(files: list[Path], size: int, resize: bool = True) -> Tensor:
+    with ThreadPoolExecutor() as pool:
+        return torch.cat(list(pool.map(lambda f: load_image(f, size, resize), files)))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz, or of an .npy as "x", memory-mapped and never pickled."""
+    import numpy as np
+
+    try:
+        loaded = np.load(path, mmap_mode="c", allow_pickle=False)
+        return {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e:
+        raise ValueError(f"{path} is not a NumPy file that can be read: {e}") from None
+
+
+def _pixels(array: np.ndarray, path: Path, name: str = "x") -> Tensor:
+    if array.dtype != "uint8" or array.ndim != 4 or array.shape[3] != 3 or not array.size:
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{path}: {name} must be uint8 [N,H,W,3], got {got}")
+    return torch.from_numpy(array)
+
+
+def _labels(array: np.ndarray, n: int, classes: int | None, path: Path, name: str) -> Tensor:
+    if array.shape != (n,) or array.dtype.kind not in "iu":
+        got = f"{array.dtype} {list(array.shape)}"
+        raise ValueError(f"{path}: {name} must be {n} integer labels, one an image, got {got}")
+    y = torch.from_numpy(array.astype("int64"))
+    K = int(y.max()) + 1 if classes is None else classes
+    if y.min() < 0 or y.max() >= K:
+        raise ValueError(f"{path}: {name} must be in 0..{K - 1}, got {y.min()}..{y.max()}")
+    if classes is None and (absent := set(range(K)) - set(y.unique().tolist())):
+        first = sorted(absent)[:9]
+        raise ValueError(f"{path}: {name} goes to {K - 1} but has no image of class {first}")
+    return y
+
+
+def _id_arrays(path: Path) -> tuple[Images, Images]:
+    arrays = _arrays(path)
+    wanted = ("x_train", "y_train", "x_test", "y_test")
+    if missing := [k for k in wanted if k not in arrays]:
+        raise ValueError(f"{path} has arrays {list(arrays)}; ID data also need {missing}")
+    x, x_test = (_pixels(arrays[k], path, k) for k in ("x_train", "x_test"))
+    if x.shape[1:] != x_test.shape[1:]:
+        raise ValueError(f"{path}: x_train {list(x.shape)} and x_test {list(x_test.shape)} differ")
+    y = _labels(arrays["y_train"], len(x), None, path, "y_train")
+    y_test = _labels(arrays["y_test"], len(x_test), int(y.max()) + 1, path, "y_test")
+    classes = tuple(str(c) for c in range(int(y.max()) + 1))
+    return Images(x, y, path.stem, classes), Images(x_test, y_test, path.stem, classes)
+
+
+def _id_folder(path: Path, size: int) -> tuple[Images, Images]:
+    splits, classes = [], None
+    for part in (path / "train", path / "test"):
+        if not part.is_dir():
+            raise FileNotFoundError(f"no {part}: ID images are in {path}/train|test/CLASS/*.png")
+        names = sorted(p.name for p in part.iterdir() if p.is_dir() and p.name[0] != ".")
+        if not names or names != (classes or names):
+            raise ValueError(f"{part} must have the same class folders as train, has {names[:9]}")
+        classes, files = names, [_files(part / c) for c in names]
+        y = torch.arange(len(names)).repeat_interleave(torch.tensor([len(f) for f in files]))
+        splits.append(Images(_decode(sum(files, []), size), y, path.name, tuple(names)))
+    return splits[0], splits[1]
+
+
+def load_id(
+    name: str, root: str | Path = "data", download: bool = False, seed: int = 0, size: int = 32
+) -> tuple[Images, Images]:
+    """In-distribution training and test images: "cifar10", "cifar100", "synthetic" or a path.
+
+    A path is an .npz with x_train, y_train, x_test, y_test, or a folder train|test/CLASS/*.png
+    (decoded at size×size). `seed` is that of "synthetic". Raises FileNotFoundError for a set that
+    is not there, saying where it comes from; ValueError for one that is damaged or malformed.
+    """
+    if name == "synthetic":
+        return synthetic("train", seed=seed), synthetic("test", seed=seed)
+    if name in ("cifar10", "cifar100"):
+        from torchvision.datasets import CIFAR10, CIFAR100
+
+        folder, make = _locate(name, root, download), CIFAR10 if name == "cifar10" else CIFAR100
+        try:
+            sets = [make(str(root), train=train) for train in (True, False)]
+        except RuntimeError:
+            raise ValueError(f"{folder} is damaged (md5): delete it and fetch it again") from None
+        a, b = (
+            Images(torch.from_numpy(s.data), torch.tensor(s.targets), name, tuple(s.classes))
+            for s in sets
+        )
+        return a, b
+    path = _existing(name, "cifar10, cifar100, synthetic")
+    return _id_folder(path, size) if path.is_dir() else _id_arrays(path)
+
+
+def _existing(path: str | Path, known: str) -> Path:
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no file or folder {path}; the names are {known}")
+    return Path(path)
+
+
+def _unlabelled(path: Path, size: int, name: str) -> Images:
+    """Images of an .npy, an .npz (its x, or else its first array) or below a folder."""
+    if path.is_dir():
+        return Images(_decode(_files(path), size), None, name)
+    arrays = _arrays(path)
+    if not arrays:
+        raise ValueError(f"{path} holds no array")
+    x = _pixels(arrays.get("x", next(iter(arrays.values()))), path)
+    if x.shape[1:3] != (size, size):
+        raise ValueError(f"{path} has images {list(x.shape[1:3])}, need {size}×{size}: resize them")
+    return Images(x, None, name)
+
+
+def load_aux(
+    name: str, root: str | Path = "data", download: bool = False, seed: int = 0, size: int = 32
+) -> Images:
+    """Auxiliary outliers: "random300k" (memory-mapped), "synthetic", or a path as in `load_ood`."""
+    if name == "synthetic":
+        return synthetic("aux", seed=seed)
+    if name == "random300k":
+        return _unlabelled(_locate(name, root, download), size, name)
+    return _unlabelled(_existing(name, "random300k, synthetic"), size, Path(name).stem)
+
+
+def _published_ood(name: str, root: str | Path, download: bool, size: int) -> Images:
+    place = _locate(name, root, download)
+    if name == "svhn":
+        from torchvision.datasets import SVHN
+
+        x = torch.from_numpy(SVHN(str(root), split="test").data).permute(0, 2, 3, 1).contiguous()
+        return Images(x, None, name)
+    files = _files(place)
+    if len(files) != (count := SOURCES[name].count):
+        message = f"{place} has {len(files)} images, {name} has {count}"
+        raise ValueError(f"{message}: delete the folder and unpack or fetch it again")
+    if name == "places365":  # 10,000 of them, as the paper has; always the same
+        keep = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:10000]
+        files = [files[i] for i in keep.sort().values.tolist()]
+    # LSUN-C has larger images (36×36 in ODIN's file): cropped, not resized, as in the released code
+    return Images(_decode(files, size, resize=name != "lsun_c"), None, name)
+
+
+def load_ood(
+    specs: list[str], root: str | Path = "data", download: bool = False, size: int = 32
+) -> tuple[dict[str, Images], list[str]]:
+    """OOD test sets by name, and the benchmark's sets that are left out, for the table to say so.
+
+    A spec is one of PAPER_OOD; "available", those of them that are there; "synthetic", all six
+    families; or NAME=PATH, an .npy or .npz of uint8 [N,H,W,3] or a folder of images at any depth
+    (resized and centre-cropped). Raises FileNotFoundError for a set that is not there, saying where
+    it comes from; ValueError for one that is damaged or malformed, or named twice.
+    """
+    sets, benchmark = {}, _OOD if set(specs) <= {"synthetic", *_OOD} else PAPER_OOD
+    families = [f for spec in specs for f in (_OOD if spec == "synthetic" else [spec])]
+    for spec in families:
+        for name in PAPER_OOD if spec == "available" else [spec]:
+            name, _, path = name.partition("=")
+            if name in sets:
+                raise ValueError(f"the OOD set {name} is given twice")
+            try:
+                sets[name] = _load_ood(name, path, root, download, size)
+            except FileNotFoundError:
+                if spec != "available":
+                    raise
+    return sets, [name for name in benchmark if name not in sets]
+
+
+def _load_ood(name: str, path: str, root: str | Path, download: bool, size: int) -> Images:
+    known = ", ".join((*PAPER_OOD, "available", "synthetic", *_OOD, "NAME=PATH"))
+    if path:
+        return _unlabelled(_existing(path, known), size, name)
+    if name in _OOD:
+        return synthetic(name)
+    if name not in PAPER_OOD:
+        raise ValueError(f"no OOD set {name!r}; there are {known}")
+    return _published_ood(name, root, download, size)
+
+
+# ==================================================================================================
+# 8  Training (Sections 4 and 6.1)
+# Needs: everything above
+# ==================================================================================================
+
+
+def no_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+    """The auxiliary loss of plain cross-entropy: zero."""
+    return f_in.new_zeros(())
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Which auxiliary images a step sees: `share` of them for each ID image.
+
+    `pick(logits, z, k, generator)` chooses k · share among the candidates of a step, by their
+    logits and features z; without it they are drawn at random. `pool(trainer, order, n,
+    generator)` chooses, once an epoch, n of the auxiliary set (given in random order).
+    """
+
+    share: int = 1
+    pick: Callable[[Tensor, Tensor, int, torch.Generator], Tensor] | None = None
+    pool: Callable[[Trainer, Tensor, int, torch.Generator], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The score whose gradient is penalised by Eq. (3), and its margins; None: those of Eq. (1)."""
+
+    score: Callable[[Tensor], Tensor] = energy_score
+    m_in: float | None = None
+    m_aux: float | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of Tables 1-5: auxiliary loss × sampler × gradient term × score, and its recipe."""
+
+    loss: Callable[..., Tensor] | None = None  # None: Eq. (1)
+    sampler: Sampler = Sampler()
+    gradient: Gradient | None = None
+    score: str = "energy"
+    recipe: str = "finetune"
+    lambda_s: float = 0.1
+    extra_class: bool = False  # K + 1 outputs, the last one for "absent"
+    prepare: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None  # before the forward pass
+
+
+# Samplers and preparations that need more than a step's candidates.
+
+
+def ntom_pool(trainer: Trainer, order: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """NTOM's outliers of the epoch, mined from 400,000 auxiliary images."""
+    order = order[:400_000]
+    return order[quantile_mining(absent(trainer.embed_images(trainer.aux_set, order)[0]), n)]
+
+
+def poem_pool(trainer: Trainer, order: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """POEM's outliers of the epoch: of 400,000 the n nearest to a boundary drawn at random.
+
+    The regression is on the ID images (target -3) and on the outliers of the last four epochs
+    (target 3); these are kept as indices, their features computed anew.
+    """
+    memory, order = trainer.memory, order[:400_000]
+    _, z = trainer.embed_images(trainer.train_set)
+    gram, zy = torch.zeros_like(z.mT @ z), torch.zeros_like(z[0])
+    if "buffer" in memory:
+        epochs = len(memory["buffer"]) // n
+        _, z_aux = trainer.embed_images(trainer.aux_set, memory["buffer"])
+        gram = epochs * (z.mT @ z) + z_aux.mT @ z_aux
+        zy = 3.0 * (z_aux.sum(0) - epochs * z.sum(0))
+    beta = poem_draw(*poem_posterior(gram, zy), generator)
+    _, z = trainer.embed_images(trainer.aux_set, order)
+    chosen = order[(z.double() @ beta).abs().argsort(stable=True)[:n]]
+    memory["buffer"] = torch.cat([memory.get("buffer", chosen[:0]), chosen])[-4 * n :]
+    return chosen[torch.randperm(len(chosen), generator=generator, device=chosen.device)]
+
+
+def mix(
+    trainer: Trainer, x_in: Tensor, x_aux: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Any]]:
+    """OpenMix's images lam x_in + (1 - lam) x_aux, with lam ~ Beta(10, 10) once a step.
+
+    Beta(10, 10) is the distribution of the tenth smallest of 19 uniform numbers.
+    """
+    lam = torch.rand(19, generator=generator, device=x_in.device).sort().values[9]
+    return lam * x_in + (1 - lam) * x_aux, {"lam": lam}
+
+
+def balance(
+    trainer: Trainer, x_in: Tensor, x_aux: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Any]]:
+    """Balanced energy's class prior: the classes that the network at the start gives outliers."""
+    if "prior" not in trainer.memory:
+        logits, _ = trainer.embed_images(trainer.aux_set)
+        counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+        trainer.memory["prior"] = counts / counts.sum()
+    c = trainer.config
+    return x_aux, {"prior": trainer.memory["prior"], "m_in": c.m_in, "m_aux": c.m_aux}
+
+
+ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
+DOS_SAMPLING = Sampler(1, lambda f, z, k, g: dos_sampling(z, absent(f), k, g))
+# The paper leaves open what "correctly detected" is for the score of OE, the maximum softmax
+# probability p: here p >= 1/2 for ID and p <= 1/2 for auxiliary images.
+OE_GRADIENT = Gradient(msp, m_in=-0.5, m_aux=-0.5)
+METHODS = {
+    # The paper's own line.
+    "ce": Method(loss=no_loss, sampler=Sampler(0), recipe="pretrain"),
+    "energy": Method(),
+    "greg": Method(gradient=Gradient()),
+    "energy+sampling": Method(sampler=ENERGY_SAMPLING, recipe="greg+"),
+    "greg+": Method(sampler=ENERGY_SAMPLING, gradient=Gradient(), recipe="greg+"),
+    # The compared methods.
+    "oe": Method(oe_loss, Sampler(2), score="msp", lambda_s=0.5),
+    "openmix": Method(
+        openmix_loss,
+        score="msp of K",
+        recipe="openmix",
+        lambda_s=1.0,
+        extra_class=True,
+        prepare=mix,
+    ),
+    "poem": Method(sampler=Sampler(1, pool=poem_pool), recipe="mining"),
+    "ntom": Method(
+        absent_loss,
+        Sampler(2, pool=ntom_pool),
+        score="absent",
+        recipe="mining",
+        lambda_s=1.0,
+        extra_class=True,
+    ),
+    "dos": Method(
+        absent_loss,
+        DOS_SAMPLING,
+        score="absent",
+        recipe="mining",
+        lambda_s=1.0,
+        extra_class=True,
+    ),
+    "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
+    # Table 4.
+    "oe+grad": Method(oe_loss, Sampler(2), OE_GRADIENT, score="msp", lambda_s=0.5),
+    "poem+grad": Method(sampler=Sampler(1, pool=poem_pool), gradient=Gradient(), recipe="mining"),
+}
+
+RECIPES = {
+    # Pre-training is not described in the paper: the energy and OE authors' baseline.
+    "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
+    # Section 6.1: 20 epochs, SGD, cosine. Left open there: learning rate and weight decay are the
+    # energy authors' for the same fine-tune, the batch is the released code's default.
+    "finetune": {"epochs": 20, "lr": 0.001, "schedule": "cosine", "batch": 64, "wd": 5e-4},
+    # Section 6.1: 50 epochs at 0.1, 10 at 0.01. Left open: batch and decay of the released code.
+    "greg+": {"epochs": 60, "lr": 0.1, "schedule": "5/6", "batch": 64, "wd": 1e-4},
+    # The released code of NTOM, POEM and DOS.
+    "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
+    # OpenMix's released code (which has no Nesterov momentum).
+    "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of `Config` and its text in --help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. A None is filled from the method's recipe by `resolve`."""
+
+    method: str = option("greg", "row of METHODS")
+    id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, an .npz file or a folder")
+    aux: str = option("", "auxiliary data: random300k (default), synthetic, .npy/.npz or a folder")
+    arch: str = option("wrn40_2", "network: one of ARCHS")
+    seed: int = option(0, "fixes initialisation, order, augmentation and sampling")
+    init: str = option("", "run folder or weights file to start from (fine-tuning needs one)")
+    epochs: int | None = option(None, "passes over the ID data (recipe)")
+    lr: float | None = option(None, "initial learning rate (recipe)")
+    schedule: str | None = option(
+        None, "cosine, or shares of the run after which lr falls (recipe)"
+    )
+    batch: int | None = option(None, "ID images a step = clusters k (recipe)")
+    wd: float | None = option(None, "weight decay (recipe)")
+    candidates: int = option(6, "least auxiliary candidates for each ID image when sampling")
+    n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
+    n_aux: int = option(0, "cut the auxiliary set to its first N images (0: all)")
+    m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
+    m_aux: float = option(-7.0, "margin of auxiliary scores, Eqs. (1) and (3)")
+    lambda_s: float | None = option(None, "weight of the auxiliary loss (method)")
+    lambda_grad: float = option(1.0, "weight of Eq. (3), for methods that have it")
+    reduction: str = option("paper", "paper: Eq. (3); released: Eq. (3) / N, as the released code")
+    stats: str = option("", "normalisation: a key of STATS (default: that of the ID data)")
+    amp: bool = option(False, "bfloat16 autocast")
+    channels_last: bool = option(False, "channels-last memory format")
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what the method's recipe gives and check the whole; ValueError for what cannot be."""
+    for name, table in (("method", METHODS), ("arch", ARCHS)):
+        if getattr(config, name) not in table:
+            raise ValueError(f"unknown {name} {getattr(config, name)!r}; one of {', '.join(table)}")
+    method = METHODS[config.method]
+    fill = RECIPES[method.recipe] | {"lambda_s": method.lambda_s}
+    fill = {k: v for k, v in fill.items() if getattr(config, k) is None}
+    if not method.sampler.share:
+        fill["aux"] = ""
+    elif not config.aux:
+        fill["aux"] = "synthetic" if config.id == "synthetic" else "random300k"
+    if not config.stats:
+        fill["stats"] = config.id if config.id in STATS else "cifar10"
+    config = replace(config, **fill)
+    for name in "epochs", "lr", "batch", "candidates":
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
+    try:
+        learning_rate(config, 0.0)
+    except ValueError:
+        message = f'--schedule must be "cosine" or shares as "0.5,0.75", got {config.schedule!r}'
+        raise ValueError(message) from None
+    if config.stats not in STATS:
+        raise ValueError(f"unknown --stats {config.stats!r}; one of {', '.join(STATS)}")
+    if config.m_in >= config.m_aux:
+        raise ValueError(f"need m_in < m_aux (low means ID), got {config.m_in}, {config.m_aux}")
+    if method.recipe == "finetune" and not config.init:
+        raise ValueError(f"{config.method} fine-tunes a pre-trained network: name it with --init")
+    return config
+
+
+def learning_rate(config: Config, t: float) -> float:
+    """Learning rate at the share t in [0, 1) of the run: cosine to 0, or a tenth at each share."""
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * t)) / 2
+    return config.lr * 0.1 ** sum(t >= Fraction(share) for share in config.schedule.split(","))
+
+
+def rng(device: torch.device | str, *key: object) -> torch.Generator:
+    """A generator that is a function of `key` alone.
+
+    All randomness of step t in epoch e comes from (seed, e, t), so that a resumed run repeats an
+    undisturbed one without any generator's state being saved.
+    """
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+    return torch.Generator(device).manual_seed(seed)
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) unless torchrun started us."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], keep: str = "") -> None:
+    """write(temporary file), flush it to the disk, rename it: `path` is never half-written.
+
+    The file that was there before is kept under the name `keep`, if one is given.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with open(temporary, "rb") as f:
+        os.fsync(f.fileno())
+    if keep and path.exists():
+        os.replace(path, path.with_name(keep))
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`value` as readable JSON, atomically; NaN is refused."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text))
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """The newest intact checkpoint of a run folder, None if there is none.
+
+    A damaged one is reported and the one before it is used; ValueError if both are damaged.
+    """
+    names = [folder / name for name in ("checkpoint.pt", "checkpoint.prev.pt")]
+    names = [path for path in names if path.exists()]
+    for path in names:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:
+            print(f"warning: {path} is damaged ({str(e).splitlines()[0]})", file=sys.stderr)
+    if names:
+        raise ValueError(f"no intact checkpoint in {folder}; delete the folder to start again")
+    return None
+
+
+def build(arch: str, K: int, init: str = "", seed: int = 0, extra: int = 0) -> Net:
+    """Network `arch` with K + extra outputs, from `seed`, or from a run folder or weights file.
+
+    `init` has K outputs; a further one starts from the seed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ARCHS[arch](K + extra)
+    if init:
+        path = Path(init) / "checkpoint.pt" if Path(init).is_dir() else Path(init)
+        start = load_weights(ARCHS[arch](K), str(path))
+        net.features.load_state_dict(start.features.state_dict())
+        net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
+    return net
+
+
+def embed(net: Net, x: Tensor, amp: bool = False, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """Logits [N,K] and features z = h(x) [N,d] in eval mode without gradients, chunk by chunk."""
+    training = net.training
+    net.eval()
+    with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        z = torch.cat([net.features(part) for part in x.split(chunk)])
+        logits = net.fc(z)
+    net.train(training)
+    return logits.float(), z.float()
+
+
+def _on(device: torch.device, images: Images, n: int) -> Images:
+    """The first n images (0: all) on the device."""
+    x, y = images.x[: n or None].to(device), images.y
+    return images._replace(x=x, y=None if y is None else y[: n or None].to(device))
+
+
+def check_same(config: Config, saved: dict[str, Any], folder: Path) -> None:
+    """ValueError that names what differs, if a folder's run is not of this configuration."""
+    ours = asdict(config)
+    differ = [f"{k} {saved.get(k)} -> {v}" for k, v in ours.items() if saved.get(k) != v]
+    if differ:
+        what = ", ".join(differ)
+        raise ValueError(f"{folder} holds another run ({what}); choose another --out")
+
+
+TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
+
+
+class Trainer:
+    """One run: its data, network and optimiser, and the position (epoch, step) to go on from.
+
+    Started by torchrun, each rank takes its share of every ID batch and of its candidates, which
+    it clusters on its own: Algorithm 1 clusters a mini-batch, and a rank's mini-batch is its
+    share. The gradient of the mean over ranks is that of one process on the union.
+    """
+
+    def __init__(self, config: Config, folder: Path, train_set: Images, aux_set: Images | None):
+        self.config, self.method = config, METHODS[config.method]
+        self.folder, self.device, self.train_set = folder, train_set.x.device, train_set
+        self.aux_set, (self.rank, self.world) = aux_set, world()
+        self.share = config.batch // self.world  # ID images of this rank and step
+        self.steps = len(train_set.x) // config.batch
+        if config.batch % self.world or not self.steps:
+            n = len(train_set.x)
+            raise ValueError(f"{n} ID images, {self.world} processes: no batch of {config.batch}")
+        K, extra = len(train_set.classes), int(self.method.extra_class)
+        self.net = build(config.arch, K, config.init, config.seed, extra).to(self.device)
+        if config.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        self.model = self.net
+        if self.world > 1:
+            self.model = nn.parallel.DistributedDataParallel(self.net)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), config.lr, 0.9, weight_decay=config.wd, nesterov=True
+        )
+        self.memory: dict[str, Tensor] = {}  # what a sampler or a loss carries between epochs
+        self.sums = torch.zeros(len(TERMS), device=self.device)
+        self.epoch = self.step = self.stopped_by = 0
+
+    def save(self, **more: Any) -> None:
+        """Write all that a resumed run needs; the checkpoint before it stays as .prev.pt.
+
+        Generators are functions of (seed, epoch, step, rank), so none has a state to save.
+        """
+        if self.rank == 0:
+            state = {"config": asdict(self.config), "classes": list(self.train_set.classes)}
+            state |= {"size": self.train_set.x.shape[1], "net": self.net.state_dict()}
+            state |= {"optimizer": self.optimizer.state_dict(), "memory": self.memory}
+            state |= {"epoch": self.epoch, "step": self.step, "sums": self.sums} | more
+            path = self.folder / "checkpoint.pt"
+            write_atomically(path, lambda p: torch.save(state, p), keep="checkpoint.prev.pt")
+
+    def resume(self) -> bool:
+        """Go on from the folder's checkpoint if there is one; its configuration must be ours."""
+        state = load_checkpoint(self.folder)
+        if state is None:
+            return False
+        check_same(self.config, state["config"], self.folder)
+        self.net.load_state_dict(state["net"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums = state["sums"].to(self.device)
+        self.memory = {k: v.to(self.device) for k, v in state["memory"].items()}
+        return True
+
+    def batch(self, images: Images, i: Tensor, generator: torch.Generator) -> Tensor:
+        """Images i, cropped, flipped and normalised: float [n,C,H,W] on the device."""
+        x = batch(images.x, i, *STATS[self.config.stats], self.device, generator)
+        return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
+
+    def embed_images(self, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits and features of images i (all) as they are, without augmentation."""
+        parts = torch.arange(len(images.x), device=self.device) if i is None else i
+        stats, amp = STATS[self.config.stats], self.config.amp
+        out = [embed(self.net, normalise(images.x[j], *stats), amp) for j in parts.split(1000)]
+        logits, z = (torch.cat(t) for t in zip(*out, strict=True))
+        return logits, z
+
+    def shuffle(self) -> None:
+        """This epoch's order of the ID and auxiliary images; a sampler's pool chooses among them.
+
+        The pool depends on the network at the epoch's start, so a run stopped within the epoch
+        keeps it in `memory`.
+        """
+        g = rng(self.device, self.config.seed, self.epoch, "order")
+        n, sampler = len(self.train_set.x), self.method.sampler
+        self.order_in = torch.randperm(n, generator=g, device=self.device)
+        if self.aux_set is None:
+            return
+        n = len(self.aux_set.x)
+        self.order_aux = torch.randperm(n, generator=g, device=self.device)
+        if sampler.pool and self.step:
+            self.order_aux = self.memory["pool"]
+        elif sampler.pool:
+            n = sampler.share * self.config.batch * self.steps
+            self.order_aux = self.memory["pool"] = sampler.pool(self, self.order_aux, n, g)
+
+    def auxiliary(self, generator: torch.Generator) -> Tensor:
+        """This step's auxiliary images: drawn at random, or picked among its candidates."""
+        c, sampler, n_aux = self.config, self.method.sampler, len(self.order_aux)
+        total = sampler.share * c.batch * self.steps
+        if sampler.pick:  # the whole set each epoch (Section 6.1); a small one several times
+            total = max(n_aux, c.candidates * c.batch * self.steps)
+        parts, part = self.steps * self.world, self.step * self.world + self.rank
+        lo, hi = total * part // parts, total * (part + 1) // parts
+        i = self.order_aux[torch.arange(lo, hi, device=self.device) % n_aux]
+        x = self.batch(self.aux_set, i, generator)
+        if sampler.pick is None:
+            return x
+        return x[sampler.pick(*embed(self.net, x, c.amp), self.share, generator)]
+
+    def energy_loss(self, f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+        """Eq. (1) of logits, with this run's margins."""
+        s_in, s_aux = energy_score(f_in), energy_score(f_aux)
+        return energy_loss(s_in, s_aux, self.config.m_in, self.config.m_aux)
+
+    def train_step(self) -> Tensor:
+        """One step of L = L_CE + λ_S L_S + λ_∇S L_∇S; returns TERMS as one tensor, no sync."""
+        c, method, n = self.config, self.method, self.share
+        generator = rng(self.device, c.seed, self.epoch, self.step, self.rank)
+        start = self.step * c.batch + self.rank * n
+        i = self.order_in[start : start + n]
+        x_in, y_in = self.batch(self.train_set, i, generator), self.train_set.y[i]
+        x_aux = self.auxiliary(generator) if method.sampler.share else x_in[:0]
+        aux_loss = method.loss or self.energy_loss
+        if method.prepare:
+            x_aux, context = method.prepare(self, x_in, x_aux, generator)
+            aux_loss = functools.partial(method.loss, **context)
+        gradient = method.gradient or Gradient()
+        m_in = c.m_in if gradient.m_in is None else gradient.m_in
+        m_aux = c.m_aux if gradient.m_aux is None else gradient.m_aux
+        lambda_grad = c.lambda_grad if method.gradient else 0.0
+        if c.reduction == "released":  # Eq. (3) / N with the N of all ranks
+            lambda_grad /= self.world
+        weights, extra = (c.lambda_s, lambda_grad, c.reduction), (gradient.score, aux_loss)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
+            out = greg_loss(self.model, x_in, y_in, x_aux, m_in, m_aux, *weights, *extra)
+        self.optimizer.zero_grad()
+        out.loss.backward()
+        t = (self.epoch * self.steps + self.step) / (c.epochs * self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(c, t)
+        self.optimizer.step()
+        correct = (out.logits[:n].argmax(1) == y_in).float().mean()
+        share_in = (out.scores[:n] <= m_in).float().mean()
+        share_aux = (out.scores[n:] >= m_aux).float().sum() / max(1, len(x_aux))
+        terms = *out[:4], correct, share_in, share_aux
+        return torch.stack([term.detach().float() for term in terms])
+
+    def run_epoch(self) -> dict[str, float]:
+        """The rest of the current epoch -> its mean TERMS. A signal saves and stops the run."""
+        from tqdm import tqdm
+
+        self.shuffle()
+        self.net.train()
+        name, recent = f"{self.config.method} {self.epoch + 1}/{self.config.epochs}", []
+        bar = tqdm(total=self.steps, initial=self.step, desc=name, disable=self.rank > 0)
+        with bar:
+            while self.step < self.steps:
+                recent.append(self.train_step())
+                self.step += 1
+                stop = self.stopped_by and self.world == 1  # ranks must stop together, below
+                if len(recent) == 20 or self.step == self.steps or stop:
+                    self.check(torch.stack(recent))  # the only host sync: every twentieth step
+                    recent = []
+                    means = dict(zip(TERMS, (self.sums / self.step).tolist(), strict=True))
+                    bar.update(self.step - bar.n)
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in means.items()})
+                    if self.stopped_by:
+                        self.save()
+                        message = f"stopped by signal {self.stopped_by} and saved in {self.folder}"
+                        raise SystemExit(f"{message}; the same command goes on from here")
+        return means
+
+    def check(self, terms: Tensor) -> None:
+        """Add up the terms of the last steps; FloatingPointError for one that is not finite."""
+        if self.world > 1:  # every rank sees the same means, and any rank's signal
+            flag = torch.tensor(self.stopped_by, device=self.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            torch.distributed.all_reduce(terms)
+            self.stopped_by, terms = int(flag), terms / self.world
+        bad = ~terms.isfinite()
+        if bad.any():
+            row = int(bad.any(1).nonzero()[0])
+            names = [name for name, b in zip(TERMS, bad[row].tolist(), strict=True) if b]
+            name = (names[1:] or names)[0]  # the first part that is not finite, else their sum
+            where = f"epoch {self.epoch + 1}, step {self.step - len(terms) + row + 1}"
+            raise FloatingPointError(
+                f"the {name} term is {terms[row, TERMS.index(name)]:g} at {where}; usual causes: "
+                "a learning rate or lambda_grad that is too large, or weights trained with another "
+                f"normalisation (--stats). The last good checkpoint stays in {self.folder}"
+            )
+        self.sums += terms.sum(0)
+
+    def probe(self) -> dict[str, float]:
+        """Figure 3, on fixed images in eval mode: energy loss, ‖∇S‖, mean scores, accuracy."""
+        self.net.eval()
+        part = {
+            "in": self.train_set,
+            "aux": self.train_set if self.aux_set is None else self.aux_set,
+        }
+        x = {k: normalise(v.x[:256], *STATS[self.config.stats]) for k, v in part.items()}
+        s = {k: energy_score(embed(self.net, v)[0]) for k, v in x.items()}
+        correct = embed(self.net, x["in"])[0].argmax(1) == self.train_set.y[:256]
+        row = {"probe_accuracy": correct.float().mean()}
+        if self.aux_set is not None:
+            row["probe_energy"] = energy_loss(
+                s["in"], s["aux"], self.config.m_in, self.config.m_aux
+            )
+        for k in "in", "aux" if self.aux_set is not None else "in":
+            row |= {
+                f"probe_s_{k}": s[k].mean(),
+                f"probe_gradient_{k}": input_gradients(self.net, x[k]).mean(),
+            }
+        return {k: v.item() for k, v in row.items()}
+
+    def log(self, row: dict[str, float]) -> None:
+        """Append to log.jsonl; rows after the checkpoint that was resumed from are replaced."""
+        if self.rank:
+            return
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
+        text = "".join(line + "\n" for line in [*lines, json.dumps(row)])
+        write_atomically(path, lambda p: p.write_text(text))
+
+    def run(self) -> None:
+        """Train from where the folder's checkpoint stands, or from the start, to the last epoch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.resume():
+            self.log({"epoch": 0} | self.probe())
+        if self.rank == 0:
+            write_json(self.folder / "config.json", asdict(self.config) | environment())
+        with interrupts(self):
+            while self.epoch < self.config.epochs:
+                start = time.time()
+                row = self.run_epoch()
+                self.epoch, self.step = self.epoch + 1, 0
+                self.sums.zero_()
+                row = {"epoch": self.epoch} | row | self.probe()
+                self.log(row | {"seconds": time.time() - start})
+                self.save()
+                if self.rank == 0:
+                    warn_of_collapse(self.folder, row, self.config)
+
+
+def input_gradients(net: nn.Module, x: Tensor, chunk: int = 250) -> Tensor:
+    """‖∇S(x_i)‖₂ for each of x [N,...] in the space of x; `net` must be in eval mode."""
+    norms = []
+    for part in x.split(chunk):
+        part = part.detach().requires_grad_()
+        norms.append(gradient_norm(energy_score(net(part)), part).detach())
+    return torch.cat(norms)
+
+
+def warn_of_collapse(folder: Path, row: dict[str, float], config: Config) -> None:
+    """ID accuracy more than 10 points below its start: say so, and suggest other margins.
+
+    The energy authors' advice: margins near the pre-trained network's mean scores.
+    """
+    first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+    if config.init and row["probe_accuracy"] < first["probe_accuracy"] - 0.1:
+        m_in, m_aux = first["probe_s_in"], first.get("probe_s_aux", config.m_aux)
+        print(
+            f"warning: ID accuracy fell from {first['probe_accuracy']:.1%} to "
+            f"{row['probe_accuracy']:.1%}; margins nearer to the pre-trained mean scores are "
+            f"kinder: --m-in {m_in:.1f} --m-aux {m_aux:.1f}",
+            file=sys.stderr,
+        )
+
+
+@contextlib.contextmanager
+def interrupts(trainer: Trainer) -> Iterator[None]:
+    """SIGTERM and Ctrl-C let the running step end, save and stop; a second one stops at once."""
+
+    def stop(number: int, frame: object) -> None:
+        if trainer.stopped_by:
+            raise KeyboardInterrupt
+        trainer.stopped_by = number
+
+    old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def environment() -> dict[str, str]:
+    """What produced a result besides its configuration."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": device or platform.machine(),
+        "greg": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
+        "argv": " ".join(sys.argv),
+    }
+
+
+# ==================================================================================================
+# 9  Evaluation, tables, figures, command line (Section 6)
+# Needs: everything above
+# ==================================================================================================
+
+
+def score_images(
+    net: Net, images: Images, K: int, stats: str, names: Sequence[str], fit: Fit | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every named score [N] of a set of images, on the CPU, and the predicted of K classes [N]."""
+    scores, classes, device = {name: [] for name in names}, [], net.fc.weight.device
+    for i in torch.arange(len(images.x)).split(500):
+        x = batch(images.x, i, *STATS[stats], device)
+        logits, z = embed(net, x)
+        classes.append(logits[:, :K].argmax(1).cpu())
+        for name in names:
+            scores[name].append(SCORES[name](net, x, logits, z, fit).detach().cpu())
+    return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(classes)
+
+
+def fit_to(net: Net, train_set: Images, config: Config) -> Fit:
+    """Fit the post-hoc scores to the training images, as they are at test time."""
+    device, stats = net.fc.weight.device, STATS[config.stats]
+    parts = torch.arange(len(train_set.x)).split(1000)
+    z = torch.cat([embed(net, batch(train_set.x, i, *stats, device))[1] for i in parts])
+    p = POST_HOC.get(config.stats, POST_HOC["cifar100" if len(net.fc.weight) == 100 else "cifar10"])
+    return fit_scores(net, z, train_set.y.to(device), p, stats[1])
+
+
+def evaluate(
+    net: Net,
+    train_set: Images,
+    test_set: Images,
+    ood: dict[str, Images],
+    config: Config,
+    names: Sequence[str],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Section 6: ID accuracy, and for each score the metrics on each OOD set and their mean.
+
+    Returns the results, with γ = the threshold of FPR95 for each score and the mean ‖∇S‖ over
+    1,000 images of each set, and the raw scores by "score/set".
+    """
+    net.eval()
+    fit = fit_to(net, train_set, config) if NEED_FIT & set(names) else None
+    K = len(train_set.classes)
+    raw, gamma, norms, metrics = {}, {}, {}, {name: {} for name in names}
+    for key, images in {"id": test_set, **ood}.items():
+        scores, classes = score_images(net, images, K, config.stats, names, fit)
+        first = torch.arange(min(1000, len(images.x)))
+        x = batch(images.x, first, *STATS[config.stats], net.fc.weight.device)
+        norms[key] = input_gradients(net, x).mean().item()
+        raw |= {f"{name}/{key}": s for name, s in scores.items()}
+        if key == "id":
+            accuracy = (classes == images.y.cpu()).double().mean().item()
+            gamma = {name: threshold(s) for name, s in scores.items()}
+        for name, s in scores.items() if key != "id" else ():
+            metrics[name][key] = ood_metrics(raw[f"{name}/id"], s, key)
+    for sets in metrics.values():
+        keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
+        sets["mean"] = {k: sum(m[k] for m in sets.values()) / len(sets) for k in keys}
+    results = {"accuracy": accuracy, "gamma": gamma, "gradient_norm": norms, "metrics": metrics}
+    return results, raw
+
+
+def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) -> None:
+    """scores.npz, results.md, and last results.json, which marks a run as finished."""
+    import numpy as np
+
+    arrays = {key: s.numpy() for key, s in raw.items()}
+
+    def write_npz(path: Path) -> None:
+        with open(path, "wb") as f:
+            np.savez_compressed(f, **arrays)
+
+    write_atomically(folder / "scores.npz", write_npz)
+    write_atomically(folder / "results.md", lambda p: p.write_text(results_table([results])))
+    write_json(folder / "results.json", results)
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The results of a finished run, None of an unfinished one."""
+    path = folder / "results.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where data sets lie, whether absent ones may be fetched, and which OOD sets to use."""
+
+    root: str = "data"
+    download: bool = False
+    ood: tuple[str, ...] = ()
+
+
+def default_ood(id: str, ood: Sequence[str]) -> list[str]:
+    """The OOD sets asked for, else the paper's six, or those of the built-in benchmark."""
+    return list(ood or (["synthetic"] if id == "synthetic" else PAPER_OOD))
+
+
+def train(config: Config, folder: Path, device: torch.device, data: DataOptions) -> dict[str, Any]:
+    """Train `config` in `folder`, evaluate, save -> the results.
+
+    Goes on from the folder's checkpoint; a finished run is only read. ValueError if the folder
+    holds a run of another configuration.
+    """
+    config = resolve(config)
+    done = read_results(folder)
+    if done is not None:
+        check_same(config, done["config"], folder)
+        return done
+    train_set, test_set = load_id(config.id, data.root, data.download)
+    aux = None
+    if METHODS[config.method].sampler.share:
+        aux = _on(device, load_aux(config.aux, data.root, data.download), config.n_aux)
+    ood, left_out = load_ood(default_ood(config.id, data.ood), data.root, data.download)
+    trainer = Trainer(config, folder, _on(device, train_set, config.n_train), aux)
+    start = time.time()
+    trainer.run()
+    score = METHODS[config.method].score
+    names = [score] if config.aux else POST_HOC_ROWS
+    results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
+    results |= {"config": asdict(config), "left_out": left_out, "seconds": time.time() - start}
+    trainer.save(gamma=results["gamma"][score])
+    save_results(folder, results | environment(), raw)
+    return results
+
+
+def results_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs that differ in the seed alone become one row: {column: [value of each seed]}."""
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for r in results:
+        for score, sets in r["metrics"].items():
+            c = r["config"]
+            name = c["method"] + ("" if score == METHODS[c["method"]].score else f": {score}")
+            if METHODS[c["method"]].gradient and c["reduction"] != "paper":
+                name += f", {c['reduction']}"
+            row = rows.setdefault((c["id"], c["arch"], name), {"name": name, "arch": c["arch"]})
+            norms = {k: v for k, v in r["gradient_norm"].items() if k != "id"}
+            cells = {"accuracy": r["accuracy"], "grad_in": r["gradient_norm"]["id"]}
+            cells["grad_out"] = sum(norms.values()) / len(norms)
+            for key, m in sets.items():
+                cells |= {f"{key} FPR95": m["fpr95"], f"{key} AUROC": m["auroc"]}
+            for key, value in cells.items():
+                row.setdefault(key, []).append(value)
+    return list(rows.values())
+
+
+def mean_std(values: Sequence[float], scale: float = 100) -> str:
+    """ "mean ± sample standard deviation", in percent; of a single seed just its value."""
+    values = [scale * v for v in values]
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return f"{mean:.2f}"
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return f"{mean:.2f} ± {std:.2f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def results_table(results: Sequence[dict[str, Any]]) -> str:
+    """FPR95 / AUROC on each OOD set and their mean, ID accuracy and ‖∇S‖, one row a method."""
+    rows = results_rows(results)
+    sets = list(dict.fromkeys(k[:-6] for row in rows for k in row if k.endswith(" FPR95")))
+    sets = [k for k in sets if k != "mean"] + ["mean"]
+    header = ["network", "method", "seeds", "ID accuracy", *sets, "‖∇S‖ ID", "‖∇S‖ OOD"]
+    lines = []
+    for row in rows:
+        cells = [
+            " / ".join(
+                mean_std(row[f"{k} {m}"]) if f"{k} {m}" in row else "not run"
+                for m in ("FPR95", "AUROC")
+            )
+            for k in sets
+        ]
+        norms = [mean_std(row[k], scale=1) for k in ("grad_in", "grad_out")]
+        accuracy = row["accuracy"]
+        lines.append([row["arch"], row["name"], len(accuracy), mean_std(accuracy), *cells, *norms])
+    data = sorted(
+        {f"ID {r['config']['id']}, auxiliary {r['config']['aux'] or 'none'}" for r in results}
+    )
+    left_out = sorted({name for r in results for name in r["left_out"]})
+    note = f"Cells: FPR95 / AUROC in %. Data: {'; '.join(data)}."
+    if left_out:
+        note += f" Left out: {', '.join(left_out)}."
+    return markdown(header, lines) + "\n" + note + "\n"
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
+    """A run's network in eval mode and its checkpoint. FileNotFoundError without one."""
+    state = load_checkpoint(folder)
+    if state is None:
+        raise FileNotFoundError(f"no checkpoint in {folder}; train there first: greg.py train")
+    net = build(state["config"]["arch"], len(state["net"]["fc.bias"]))
+    net.load_state_dict(state["net"])
+    return net.to(device).eval(), state
+
+
+def predict(folder: Path, paths: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
+    """Class, score S, threshold γ and ID/OOD decision (ID iff S <= γ) of each image file."""
+    net, state = load_run(folder, device)
+    if "gamma" not in state:
+        raise ValueError(f"{folder} is not finished, so it has no threshold; train it to its end")
+    config, gamma, rows = state["config"], state["gamma"], []
+    K = len(state["classes"])
+    name = METHODS[config["method"]].score
+    for path in paths:
+        images = Images(load_image(path, state["size"]), None, path)
+        scores, classes = score_images(net, images, K, config["stats"], [name])
+        s = scores[name].item()
+        label = state["classes"][classes.item()]
+        decision = "ID" if s <= gamma else "OOD"
+        rows.append(
+            {"image": path, "class": label, "score": s, "gamma": gamma, "decision": decision}
+        )
+    return rows
+
+
+def figure_3(folders: Sequence[Path], path: Path) -> None:
+    """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's log.jsonl."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for folder in folders:
+        if not (folder / "log.jsonl").exists():
+            raise FileNotFoundError(f"no log.jsonl in {folder}; a run of greg.py train writes it")
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        epochs = [row["epoch"] for row in rows]
+        if "probe_energy" not in rows[0]:
+            raise ValueError(f"{folder} trained without auxiliary data: it has no energy loss")
+        left.plot(epochs, [row["probe_energy"] for row in rows], label=str(folder))
+        right.plot(epochs, [row["probe_gradient_in"] for row in rows], label=str(folder))
+    left.set(xlabel="epoch", ylabel="energy loss, Eq. (1)")
+    right.set(xlabel="epoch", ylabel="mean ‖∇S‖ on ID images")
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def figure_scores(folder: Path, path: Path) -> None:
+    """Histograms of the score S on ID and on each OOD set, with the threshold γ."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    results = read_results(folder)
+    if results is None:
+        raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
+    score = METHODS[results["config"]["method"]].score
+    with np.load(folder / "scores.npz") as arrays:
+        sets = {k.split("/")[1]: arrays[k] for k in arrays if k.split("/")[0] == score}
+    edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=80)
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, s in sets.items():
+        filled = {"histtype": "stepfilled", "alpha": 0.3} if name == "id" else {"histtype": "step"}
+        axes.hist(s, edges, density=True, label=name, **filled)
+    axes.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
+    axes.set(xlabel="score S (low: ID)", ylabel="density")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def find_results(root: Path) -> list[dict[str, Any]]:
+    """The results of every finished run below a folder, in the order of their paths."""
+    return [json.loads(path.read_text()) for path in sorted(root.rglob("results.json"))]
+
+
+# The paper's tables: row -> (method, test score, its figures in the order of COLUMNS).
+PAPER: dict[int, dict[str, tuple[str, str, str]]] = {
+    1: {
+        "MSP": ("ce", "msp", "58.04 90.49 51.52 90.8 52.56 91.7"),
+        "ODIN": ("ce", "odin", "34.46 91.59 35.23 89.82 24.88 94.42"),
+        "Energy score": ("ce", "energy", "39.32 92.24 33.4 91.76 28.99 94.09"),
+        "ReAct": ("ce", "react", "39.44 92.30 37.54 91.49 25.83 95.27"),
+        "DICE": ("ce", "dice", "42.40 91.25 34.12 91.74 26.37 94.61"),
+        "LINe": ("ce", "line", "45.25 90.59 36.27 90.2 14.84 96.95"),
+        "OE": ("oe", "msp", "19.92 95.71 21.12 95.55 21.76 95.8"),
+        "Energy loss": ("energy", "energy", "11.14 97.53 13.11 97.14 11.26 97.43"),
+        "OpenMix": ("openmix", "msp of K", "22.24 96.26 21.92 96 22.86 95.65"),
+        "GReg": ("greg", "energy", "7.9 97.95 7.95 98.1 7.93 98.12"),
+    },
+    2: {
+        "MSP": ("ce", "msp", "74.66 80.10 80.39 75.37 85.87 68.78"),
+        "ODIN": ("ce", "odin", "64.00 84.33 67.95 79.86 69.97 81.55"),
+        "Energy score": ("ce", "energy", "68.46 84.15 74.15 79.26 78.91 76.12"),
+        "ReAct": ("ce", "react", "59.38 87.59 70.65 80.2 76.27 80.1"),
+        "DICE": ("ce", "dice", "77.29 80.35 72.32 79.62 69.80 80.50"),
+        "LINe": ("ce", "line", "72.09 82.93 67.5 80.9 35.16 88.72"),
+        "OE": ("oe", "msp", "77.32 63.89 74.22 65.70 60.52 84.21"),
+        "Energy loss": ("energy", "energy", "62.77 84.05 65.62 80.18 64.37 83.86"),
+        "POEM": ("poem", "energy", "61.11 82.43 62.58 79.74 59.33 79.81"),
+        "OpenMix": ("openmix", "msp of K", "59.64 88.09 73.12 79.23 67.29 84.47"),
+        "DOS": ("dos", "absent", "54.62 88.30 45.26 90.76 34.92 93.22"),
+        "GReg": ("greg", "energy", "59.6 82.92 58.26 86.56 56.29 87.35"),
+        "GReg+": ("greg+", "energy", "50.78 88.75 48.12 91.02 30.55 93.38"),
+    },
+    3: {
+        "MSP": ("ce", "msp", "62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87"),
+        "ODIN": ("ce", "odin", "48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66"),
+        "Energy score": ("ce", "energy", "54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59"),
+        "ReAct": ("ce", "react", "51.88 91.52 52.48 90.81 49.56 90.92 64.61 83.77 54.63 89.25"),
+        "DICE": ("ce", "dice", "32.86 93.6 41.35 92.9 45.82 91.58 65.2 78.61 46.3 89.17"),
+        "LINe": ("ce", "line", "29.47 93.77 37.29 92.85 38.85 92.16 52.32 86.38 39.48 91.29"),
+        "OE": ("oe", "msp", "34.56 92.75 54.63 89.75 54.86 89.05 76.2 75.55 55.06 86.78"),
+        "Energy loss": (
+            "energy",
+            "energy",
+            "18.44 95.91 50.19 90.37 49.32 90.47 62.96 77.78 45.23 88.63",
+        ),
+        "DOS": ("dos", "absent", "61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97"),
+        "GReg": ("greg", "energy", "29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13"),
+        "GReg+": ("greg+", "energy", "24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06"),
+    },
+    4: {
+        "OE": ("oe", "msp", "21.76 95.8 60.52 84.21"),
+        "OE + Grad": ("oe+grad", "msp", "18.79 96.32 62.54 84.71"),
+        "Energy": ("energy", "energy", "11.26 97.43 64.37 83.86"),
+        "Energy + Grad": ("greg", "energy", "7.93 98.12 56.29 87.35"),
+        "POEM": ("poem", "energy", "29.15 94.18 59.33 79.81"),
+        "POEM + Grad": ("poem+grad", "energy", "23.87 95.41 47.94 86.63"),
+    },
+    5: {
+        "POEM": ("poem", "energy", "59.33 79.81"),
+        "DOS": ("dos", "absent", "34.92 93.22"),
+        "Energy only clustering": ("energy+sampling", "energy", "31.77 93.20"),
+        "GReg+": ("greg+", "energy", "30.55 93.38"),
+    },
+    6: {
+        "Clean": ("ce", "energy", "94.84 94.03"),
+        "Energy loss": ("energy", "energy", "88.15 91.82"),
+        "GReg": ("greg", "energy", "89.55 92.14"),
+        "DOS": ("dos", "absent", "78.90 87.06"),
+        "GReg+": ("greg+", "energy", "83.06 89.89"),
+    },
+}
+CIFAR_ARCHS = "resnet18", "wrn40_2", "densenet100"
+IMAGENET_OOD = "inaturalist", "sun", "places", "textures", "mean"
+BOTH = "fpr95", "auroc"
+# Columns of each table: (ID data, network, OOD set, metric).
+COLUMNS = {
+    1: [("cifar10", arch, "mean", m) for arch in CIFAR_ARCHS for m in BOTH],
+    2: [("cifar100", arch, "mean", m) for arch in CIFAR_ARCHS for m in BOTH],
+    3: [("imagenet", "densenet121", key, m) for key in IMAGENET_OOD for m in BOTH],
+    4: [(id, "densenet100", "mean", m) for id in ("cifar10", "cifar100") for m in BOTH],
+    5: [("cifar100", "densenet100", "mean", m) for m in BOTH],
+    6: [("cifar10", arch, "", "accuracy") for arch in ("wrn40_2", "densenet100")],
+}
+
+
+def table_columns(number: int, id: str = "", archs: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """The columns of a table, on other ID data or other networks where these are given."""
+    columns = COLUMNS[number]
+    if archs:
+        columns = [(c[0], a, *c[2:]) for a in archs for c in columns if c[1] == columns[0][1]]
+    return [(id or c[0], *c[1:]) for c in columns]
+
+
+def cell_values(
+    results: Sequence[dict[str, Any]], method: str, score: str, column: tuple[str, ...]
+) -> list[float]:
+    """A table cell: one value in percent for each finished seed; empty if there is none."""
+    id, arch, key, metric = column
+    wanted, values = (id, arch, method, "paper"), []
+    for r in results:
+        if tuple(r["config"][k] for k in ("id", "arch", "method", "reduction")) != wanted:
+            continue
+        if metric == "accuracy":
+            values.append(100 * r["accuracy"])
+        elif key in r["metrics"].get(score, {}):
+            values.append(100 * r["metrics"][score][key][metric])
+    return values
+
+
+def paper_table(
+    number: int, results: Sequence[dict[str, Any]], id: str = "", archs: Sequence[str] = ()
+) -> tuple[str, list[dict[str, Any]]]:
+    """Table `number` as Markdown and as JSON rows: ours, mean ± std over seeds, (the paper's)."""
+    columns, lines, cells = table_columns(number, id, archs), [], []
+    for label, (method, score, figures) in PAPER[number].items():
+        paper, line = dict(zip(COLUMNS[number], figures.split(), strict=True)), [label]
+        for column in columns:
+            values = cell_values(results, method, score, column)
+            figure = paper.get(column)
+            ours = mean_std(values, scale=1) if values else "not run"
+            line.append(ours if figure is None else f"{ours} ({figure})")
+            cells.append(
+                {"row": label, "column": column, "seeds": values, "paper": figure and float(figure)}
+            )
+        lines.append(line)
+    missing = sum(not cell["seeds"] for cell in cells)
+    header = ["method", *(" ".join(filter(None, (Path(c[0]).stem, *c[1:]))) for c in columns)]
+    text = f"Table {number}: ours in %, mean ± std over seeds (the paper's figure). "
+    text += f"{missing} of {len(cells)} cells not run.\n\n{markdown(header, lines)}"
+    used = {method for method, *_ in PAPER[number].values()}
+    notes = {data_note(r) for r in results if r["config"]["method"] in used}
+    return text + "".join(f"\n- {note}" for note in sorted(notes)) + "\n", cells
+
+
+def data_note(r: dict[str, Any]) -> str:
+    """Which data and how much training a result was made on."""
+    c = r["config"]
+    size = f" (first {c['n_train']})" if c["n_train"] else ""
+    aux = f", auxiliary {c['aux']}" if c["aux"] else ""
+    start = "fine-tuned" if c["init"] else "from scratch"
+    left = f"; left out: {', '.join(r['left_out'])}" if r["left_out"] else ""
+    epochs = f"{c['epochs']} epochs" if c["epochs"] > 1 else "1 epoch"
+    ood = ", ".join(k for k in r["gradient_norm"] if k != "id")
+    return f"{c['method']}: ID {c['id']}{size}{aux}, {start}, {epochs}; OOD {ood}{left}"
+
+
+def run_table(args: argparse.Namespace) -> None:
+    """Train, or go on with, every run that a table needs; pre-training first."""
+    methods = {method: None for method, *_ in PAPER[args.number].values()}
+    methods = args.methods or list(methods)
+    if any(METHODS[m].recipe == "finetune" for m in methods):
+        methods = ["ce", *(m for m in methods if m != "ce")]
+    columns = table_columns(args.number, args.id, args.archs)
+    for id, arch in dict.fromkeys(c[:2] for c in columns):
+        for seed in args.seeds:
+            given = config_arguments(args) | {"id": id, "arch": arch, "seed": seed}
+            start = run_folder(args.runs, Config(**given | {"method": "ce"}))
+            for method in methods:
+                tune = METHODS[method].recipe == "finetune"
+                config = Config(**given | {"method": method, "init": str(start) if tune else ""})
+                train(config, run_folder(args.runs, config), args.device, data_options(args))
+
+
+DEMO = {  # small enough for two CPU cores and a few minutes; the paper's protocol is not
+    "id": "synthetic",
+    "arch": "wrn10_1",
+    "batch": 32,
+}
+
+
+def command_demo(args: argparse.Namespace) -> None:
+    """Pre-train, fine-tune with and without the gradient term and sampling, and print a table."""
+    data = DataOptions()
+    pretrained = args.runs / "ce"
+    results = [train(Config("ce", epochs=8, **DEMO), pretrained, args.device, data)]
+    for method in "energy", "greg", "greg+":
+        config = Config(method, init=str(pretrained), epochs=2, lr=0.01, schedule="cosine", **DEMO)
+        results.append(train(config, args.runs / method, args.device, data))
+    print(results_table(results))
+    print(f"Runs, logs and raw scores: {args.runs}. One seed, built-in synthetic images.")
+
+
+def command_train(args: argparse.Namespace) -> None:
+    config = Config(**config_arguments(args))
+    folder = args.out or run_folder(args.runs, config)
+    results = train(config, folder, args.device, data_options(args))
+    print(results_table([results]))
+    print(f"{folder}: results.json, results.md, scores.npz, log.jsonl, checkpoint.pt")
+
+
+def config_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config among the arguments."""
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+def run_folder(runs: Path, config: Config) -> Path:
+    """runs/ID/network/method/seedN."""
+    method = config.method + ("-released" if config.reduction == "released" else "")
+    return runs / Path(config.id).stem / config.arch / method / f"seed{config.seed}"
+
+
+def command_eval(args: argparse.Namespace) -> None:
+    if bool(args.run) == bool(args.weights):
+        raise ValueError("name either a run folder, or --weights FILE with its --arch and --id")
+    if args.run:
+        net, state = load_run(args.run, args.device)
+        config = Config(**state["config"])
+    else:
+        config = resolve(Config("ce", id=args.id, arch=args.arch, stats=args.stats))
+    train_set, test_set = load_id(config.id, args.root, args.download)
+    if args.weights:
+        config = replace(config, init=args.weights)
+        net = build(config.arch, len(train_set.classes), args.weights).to(args.device)
+    names = args.scores.split(",") if args.scores else [METHODS[config.method].score]
+    if unknown := [name for name in names if name not in SCORES]:
+        raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
+    ood, left_out = load_ood(default_ood(config.id, args.ood), args.root, args.download)
+    results, raw = evaluate(net, train_set, test_set, ood, config, names)
+    results |= {"config": asdict(config), "left_out": left_out} | environment()
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_results(args.out, results, raw)
+    print(results_table([results]))
+
+
+def command_predict(args: argparse.Namespace) -> None:
+    rows = predict(args.run, args.images, args.device)
+    print(
+        markdown(
+            list(rows[0]),
+            [[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows],
+        )
+    )
+
+
+def command_table(args: argparse.Namespace) -> None:
+    if args.number is None:
+        results = find_results(args.runs)
+        if not results:
+            raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
+        print(results_table(results))
+        return
+    if not args.read:
+        run_table(args)
+    text, cells = paper_table(args.number, find_results(args.runs), args.id, args.archs)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    path = args.runs / f"table_{args.number}.json"
+    write_json(path, cells)
+    write_atomically(path.with_suffix(".md"), lambda p: p.write_text(text))
+    print(f"{text}\n{path}")
+
+
+def command_figure(args: argparse.Namespace) -> None:
+    out = args.out or Path(f"figure_{args.which}.png")
+    if args.which == "3":
+        figure_3(args.folders, out)
+    else:
+        figure_scores(args.folders[0], out)
+    print(out)
+
+
+def add_data_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--root", default="data", help="folder of the data sets (default: data)")
+    p.add_argument("--download", action="store_true", help="fetch the sets that are absent")
+    p.add_argument(
+        "--ood", nargs="*", default=[], metavar="NAME[=PATH]",
+        help="OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's six)",
+    )  # fmt: skip
+
+
+def add_config_arguments(
+    p: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any
+) -> None:
+    """One option for each field of Config."""
+    types = {"int": int, "float": float, "str": str}
+    for f in fields(Config):
+        if f.name in without:
+            continue
+        flag, default = "--" + f.name.replace("_", "-"), defaults.get(f.name, f.default)
+        text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
+        kind = f.type.split(" ")[0]
+        if kind == "bool":
+            p.add_argument(flag, action="store_true", help=text)
+        else:
+            p.add_argument(flag, type=types[kind], default=default, help=text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="greg.py", description=__doc__.split("\n\n")[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run_command=run)
+        p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+        return p
+
+    p = add("demo", command_demo, "pre-train, fine-tune and tabulate on synthetic images")
+    p.add_argument("--runs", type=Path, default=Path("runs/demo"), help="folder of its runs")
+    p = add("train", command_train, "train a method, evaluate it, save everything in a run folder")
+    add_config_arguments(p)
+    add_data_arguments(p)
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    p.add_argument("--out", type=Path, help="run folder (default: RUNS/ID/ARCH/METHOD/seedN)")
+    p = add("eval", command_eval, "evaluate a run, or a weights file, on OOD sets")
+    p.add_argument("run", type=Path, nargs="?", help="run folder")
+    p.add_argument("--weights", default="", help="a weights file, ours or a public one")
+    p.add_argument("--arch", default="wrn40_2", help="its network: one of ARCHS")
+    p.add_argument("--id", default="cifar10", help="its ID data")
+    p.add_argument("--stats", default="", help="its normalisation: a key of STATS")
+    p.add_argument("--scores", default="", help=f"comma-separated: {', '.join(SCORES)}")
+    p.add_argument("--out", type=Path, help="folder for results.json, results.md, scores.npz")
+    add_data_arguments(p)
+    p = add("predict", command_predict, "class, score, threshold and ID/OOD decision of images")
+    p.add_argument("run", type=Path, help="folder of a finished run")
+    p.add_argument("images", nargs="+", help="image files")
+    p = add("table", command_table, "run what a table of the paper needs, and print it")
+    p.add_argument("number", type=int, nargs="?", choices=PAPER, help="1 to 6; none: all runs")
+    p.add_argument("--read", action="store_true", help="print what is finished, run nothing")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    p.add_argument("--archs", nargs="+", default=[], choices=ARCHS, help="other networks")
+    p.add_argument("--methods", nargs="+", default=[], choices=METHODS, help="some of its methods")
+    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
+    add_config_arguments(p, without=("method", "arch", "seed", "init"), id="")
+    add_data_arguments(p)
+    p = add("figure", command_figure, "draw a figure")
+    p.add_argument("which", choices=["3", "scores"], help="the paper's Figure 3, or histograms")
+    p.add_argument("folders", type=Path, nargs="+", help="run folders")
+    p.add_argument("--out", type=Path, help="PNG file")
+    return top
+
+
+def pick_device(name: str) -> torch.device:
+    """A usable torch device; "auto" is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.zeros(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
+
+
+def data_options(args: argparse.Namespace) -> DataOptions:
+    return DataOptions(args.root, args.download, tuple(args.ood))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake is one line on stderr and exit code 2."""
+    args = parser().parse_args(argv)
+    try:
+        args.device = pick_device(args.device)
+        args.run_command(args)
+    except (ValueError, OSError, FloatingPointError) as e:
+        print(f"greg: error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
