@@ -8,8 +8,13 @@ only sections above it, and the line under its banner says which.
     §  section             paper            holds
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
-    3  Sampling            4.2, Alg. 1      K-Means, energy-based sampling
+    3  Sampling            4.2, Alg. 1      K-Means, energy-based sampling, compared samplers
+    4  Certificates        5, Eq. (4)       certified radii, attacks
+    5  Post-hoc scores     2.1              MSP, ODIN, ReAct, DICE, LINe
     6  Metrics             6.1              FPR95, AUROC, AUPR
+    7  Data                6.1              CIFAR, auxiliary and OOD sets, your own, synthetic
+    8  Training            4, 6.1           the table of methods, the loop, checkpoints
+    9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
 
 Notation: S or s the score, LOW MEANS ID everywhere; s_in, s_aux scores of in-distribution and
 auxiliary samples; m_in, m_aux the margins; lambda_s, lambda_grad the weights; z = h(x) features;
@@ -21,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -91,6 +97,18 @@ class Concat(nn.Module):
         return torch.cat([x, self.body(x)], dim=1)
 
 
+class Normalize(nn.Module):
+    """(x - mean) / std for x [N,C,H,W] in [0,1]: in front of a net it makes radii pixel units."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, bias=False)
 
@@ -107,7 +125,7 @@ def _init(net: Net, mode: str) -> Net:
     """He initialisation of the convolutions; fan recomputed for each of them.
 
     The DenseNet-BC copied through the field's code bases takes the fan of another loop variable
-    (every weight ~ N(0, 2/16)): fresh eval-mode logits then reach 1e28.
+    (every weight ~ N(0, 2/16)), and its fresh eval-mode logits reach 1e28.
     """
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
@@ -563,6 +581,697 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: torch.Generator | None = 
 
 
 # ==================================================================================================
+# 4  Certificates (Section 5, Eq. (4))
+# Needs: Net, Residual, Concat, Normalize (1), energy_score, gradient_norm (2)
+# ==================================================================================================
+
+# "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
+# in the units of its input. Everything is computed in float64, norms are rounded up and radii down
+# by 1e-9; float32, TF32 or half precision at test time add an error that is not covered.
+_UP, _DOWN = 1 + 1e-9, 1 - 1e-9
+
+
+def certified_radius(
+    s: Tensor, gamma: float, lipschitz: float | Tensor, eps: float | Tensor = math.inf
+) -> Tensor:
+    """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
+
+    Sound if S is lipschitz-Lipschitz on B(x, ε): |S(x') - S(x)| <= L_S ‖x' - x‖ < |γ - S(x)| keeps
+    the decision for ‖x' - x‖ < ε*. The paper's L_S = ‖∇S(x)‖ is such a constant for no OOD sample:
+    where f is affine S is concave, and falls faster away from x (see `ood_radius`).
+    Raises ValueError for NaN, or a negative lipschitz or eps.
+    """
+    s = torch.as_tensor(s, dtype=torch.float64).detach()
+    gamma, lipschitz, eps = (
+        torch.as_tensor(v, dtype=s.dtype, device=s.device) for v in (gamma, lipschitz, eps)
+    )
+    if (lipschitz < 0).any() or (eps < 0).any():
+        raise ValueError("the Lipschitz constant and eps must not be negative")
+    margin = (s - gamma).abs()
+    radius = torch.where(margin == 0, 0 * lipschitz.nan_to_num(0), margin / lipschitz)
+    if any(v.isnan().any() for v in (s, gamma, lipschitz, eps, radius)):
+        raise ValueError("NaN among the scores, the threshold, the Lipschitz constants or eps")
+    return torch.minimum(radius, eps)
+
+
+# ---- What the certificates know: the blocks of section 1 and these layers; others are refused.
+
+_DIAGONAL = nn.BatchNorm1d, nn.BatchNorm2d, Normalize
+_AFFINE = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
+_SKIPPED = nn.Identity, nn.Dropout, nn.Dropout2d
+
+
+def _supported(m: nn.Module) -> bool:
+    """Whether the layer's options are those that the rules below were derived for."""
+    if type(m) is nn.Conv2d:
+        return m.padding_mode == "zeros" and not isinstance(m.padding, str)
+    if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        return m.running_var is not None
+    if type(m) is nn.AvgPool2d:
+        return m.count_include_pad and not m.ceil_mode and m.divisor_override is None
+    if type(m) is nn.AdaptiveAvgPool2d:
+        return m.output_size in (1, (1, 1))
+    if type(m) is nn.Flatten:
+        return (m.start_dim, m.end_dim) == (1, -1)
+    if type(m) is nn.LeakyReLU:
+        return 0 <= m.negative_slope <= 1
+    if type(m) is nn.MaxPool2d:
+        return m.dilation in (1, (1, 1)) and not m.ceil_mode and not m.return_indices
+    return type(m) in (*_AFFINE, *_SKIPPED, nn.ReLU, Net, nn.Sequential, Residual, Concat)
+
+
+def _steps(net: nn.Module) -> list[nn.Module]:
+    """The layers in order, `Net` and `Sequential` unrolled, without what does nothing in eval mode.
+
+    Types are compared exactly: a subclass may compute anything.
+    """
+    altered = net._forward_hooks or net._forward_pre_hooks or "forward" in vars(net)
+    if altered or not _supported(net):
+        raise NotImplementedError(f"no certificate for {net}: its rule is not known here")
+    children = [_steps(child) for child in net.children()]
+    if type(net) in (Net, nn.Sequential):
+        return [m for steps in children for m in steps]
+    return [] if type(net) in _SKIPPED else [net]
+
+
+def _exact(net: nn.Module) -> list[nn.Module]:
+    """The steps of a float64 copy in eval mode. ValueError for training mode or NaN weights."""
+    if any(m.training for m in net.modules()):
+        raise ValueError("certificates hold in eval mode; call net.eval() first")
+    if not all(v.isfinite().all() for v in (*net.parameters(), *net.buffers())):
+        raise ValueError("the network has NaN or infinite weights")
+    return _steps(copy.deepcopy(net).double().requires_grad_(False))
+
+
+def _scale(m: nn.Module) -> Tensor:
+    """The channel factors of batch norm in eval mode, or of Normalize: [C]."""
+    if type(m) is Normalize:
+        return 1 / m.std.flatten()
+    factor = (m.running_var + m.eps).rsqrt()
+    return factor if m.weight is None else m.weight * factor
+
+
+def _linear(m: nn.Module, x: Tensor, f: Callable[[Tensor], Tensor] = lambda w: w) -> Tensor:
+    """An affine layer without its constant and with f of its weights, such as their modulus."""
+    if type(m) is nn.Conv2d:
+        return F.conv2d(x, f(m.weight), None, m.stride, m.padding, m.dilation, m.groups)
+    if type(m) is nn.Linear:
+        if x.dim() != 2:
+            raise NotImplementedError(f"Linear on {x.dim()} dimensions; put a Flatten before it")
+        return F.linear(x, f(m.weight))
+    if type(m) in _DIAGONAL:
+        return x * f(_scale(m)).view(-1, *[1] * (x.dim() - 2))
+    return m(x)  # pools and Flatten: weights >= 0, no constant
+
+
+def _windows(m: nn.MaxPool2d, x: Tensor, fill: float) -> Tensor:
+    """The windows of a max-pool: [N,C,H,W] -> [N,C,k²,L]."""
+    (p, q), kernel = _pair(m.padding), _pair(m.kernel_size)
+    patches = F.unfold(F.pad(x, (q, q, p, p), value=fill), kernel, stride=_pair(m.stride))
+    return patches.view(len(x), x.shape[1], -1, patches.shape[2])
+
+
+def _pair(v: int | Sequence[int]) -> tuple[int, int]:
+    return (v, v) if isinstance(v, int) else tuple(v)
+
+
+# ---- Global: |S(x) - S(y)| <= L ‖x - y‖ for all x, y.
+
+
+def conv_norm(
+    weight: Tensor,
+    hw: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> float:
+    """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
+
+    Extend the image by zeros to a torus of at least hw + 2 padding: no window that is kept wraps,
+    so the convolution is the circular one between an extension and a restriction, both of norm 1.
+    That one is block-diagonal in Fourier space (Sedghi et al. 2019), a stride s putting s² blocks
+    side by side. (On a torus of size hw it would be no upper bound: [1, -1] on 3 pixels.)
+    Raises ValueError for a weight that is not a finite [c_out, c_in / groups, k, k].
+    """
+    if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
+        raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
+    w, sizes = weight.detach().double(), []
+    size = w.abs().max().clamp(min=1e-300)  # divided out, for squares neither vanish nor overflow
+    pairs = map(_pair, (hw, stride, padding, dilation))
+    for k, n, s, p, d in zip(w.shape[2:], *pairs, strict=True):
+        n = s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)  # 1×1: all frequencies are alike
+        sizes.append((s, -(-n // s)))
+    (s1, m1), (s2, m2) = sizes
+    d1, d2 = _pair(dilation)
+    spread = w.new_zeros(*w.shape[:2], d1 * (w.shape[2] - 1) + 1, d2 * (w.shape[3] - 1) + 1)
+    spread[..., ::d1, ::d2] = w / size
+    k_hat = torch.fft.fft2(spread, s=(s1 * m1, s2 * m2))
+    k_hat = k_hat.view(groups, len(w) // groups, -1, s1, m1, s2, m2)[..., : m2 // 2 + 1]  # conj.
+    blocks = k_hat.permute(4, 6, 0, 1, 2, 3, 5).flatten(4)
+    tall = blocks.shape[-2] > blocks.shape[-1]
+    gram = blocks.mH @ blocks if tall else blocks @ blocks.mH
+    largest = torch.linalg.eigvalsh(gram)[..., -1].max().clamp(min=0) / (s1 * s2)
+    return (size * largest.sqrt()).item() * _UP
+
+
+def _split(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(t w, t' v) with 1/t² + 1/t'² = 1, so that two 1-Lipschitz maps over them make one."""
+    rho = (v.norm() / w.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)  # any rho > 0 is sound
+    return w * (1 + rho).sqrt(), v * (1 + 1 / rho).sqrt()
+
+
+def _weigh(m: nn.Module, x: Tensor, w: Tensor, after: nn.Module | None) -> tuple[Tensor, bool]:
+    """w after a convolution or linear layer; True if the batch norm that follows is in it.
+
+    Its factors s split into s^α for this layer and s^(1-α), which commutes with ReLU, for the next.
+    """
+    weight = m.weight if m.weight.dim() == 4 else m.weight[:, :, None, None]
+    conv = type(m) is nn.Conv2d
+    options = (m.stride, m.padding, m.dilation, m.groups) if conv else ()
+    groups, hw = (m.groups, x.shape[2:]) if conv else (1, 1)
+    w_in = w.view(groups, 1, -1).expand(-1, len(weight) // groups, -1).flatten(0, 1)
+    weight = weight * w_in[:, :, None, None]
+    fold = type(after) in _DIAGONAL
+    s = _scale(after).abs() if fold else w.new_ones(len(weight))
+    exponents = (0.0, 0.5, 1.0) if fold else (0.0,)
+    norms = [conv_norm(weight * (s**a)[:, None, None, None], hw, *options) for a in exponents]
+    folds = [norm * s ** (1 - a) for norm, a in zip(norms, exponents, strict=True)]
+    return min(folds, key=lambda v: v.norm().item()), fold
+
+
+def _propagate(steps: list[nn.Module], x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """x and the channel weights w [C] after the steps: the map is diag(w) · (a 1-Lipschitz one).
+
+    That w stays through ReLU, whose Jacobian is diagonal too, is what makes the bound tight.
+    """
+    folded = False
+    for m, after in zip(steps, [*steps[1:], None], strict=False):
+        if type(m) in (Residual, Concat):
+            y, w_body = _propagate(_steps(m.body), x, w)
+            z, w_skip = _propagate(_steps(m.shortcut), x, w) if type(m) is Residual else (x, w)
+            w_skip, w_body = _split(w_skip, w_body)
+            x = z + y if type(m) is Residual else torch.cat([z, y], 1)
+            w = torch.hypot(w_skip, w_body) if type(m) is Residual else torch.cat([w_skip, w_body])
+            continue
+        if type(m) in (nn.Conv2d, nn.Linear):
+            w, folded = _weigh(m, x, w, after)
+        elif type(m) in _DIAGONAL:
+            w, folded = (w, False) if folded else (w * _scale(m).abs(), False)
+        elif type(m) is nn.AvgPool2d:
+            kernel = w.new_ones(1, 1, *_pair(m.kernel_size))
+            w = w * conv_norm(kernel / kernel.numel(), x.shape[2:], m.stride, m.padding)
+        elif type(m) is nn.AdaptiveAvgPool2d:
+            w = w / x[0, 0].numel() ** 0.5
+        elif type(m) is nn.MaxPool2d:  # a pixel is in so many windows
+            windows = zip(_pair(m.kernel_size), _pair(m.stride), strict=True)
+            w = w * math.prod(-(-k // s) for k, s in windows) ** 0.5
+        elif type(m) is nn.Flatten:
+            w = w.repeat_interleave(x[0, 0].numel())
+        x = _linear(m, x) if type(m) in _AFFINE else m(x)
+    return x, w
+
+
+@torch.no_grad()
+def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
+    """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
+
+    Layer by layer (see `_propagate`); at the end ∇S = -Wᵀp · ∇h is a convex combination of rows of
+    the last layer W, so ‖∇S‖ <= max_i ‖W_i‖ · L_h. Useful for a few layers, vacuous for deep
+    networks: that of the paper's exceed ‖∇S‖ by ten powers of ten or more.
+    Raises ValueError in training mode, NotImplementedError for a layer that it does not know.
+    """
+    steps = _exact(net)
+    x = next(iter(net.parameters()), torch.zeros(())).new_zeros(1, *shape, dtype=torch.float64)
+    last = steps.pop() if steps and type(steps[-1]) is nn.Linear else None
+    x, w = _propagate(steps, x, x.new_ones(shape[0]))
+    if x.dim() != 2:
+        raise ValueError(f"the network returns {list(x.shape)}, not logits [N,K]")
+    return (w if last is None else (last.weight * w).norm(dim=1)).max().item() * _UP
+
+
+# ---- Inside the linear region, where f(x + u) = z + A u and S(x + u) = -LSE(z + A u) is concave.
+
+
+class Region(NamedTuple):
+    """Logits z [K], their Jacobian A [K,D], and the radius ε̂ within which it does not change."""
+
+    z: Tensor
+    A: Tensor
+    eps_hat: float
+
+
+@torch.no_grad()
+def linear_region(net: nn.Module, x: Tensor, chunk: int = 256) -> Region:
+    """The linear region of one input (Section 5): f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
+
+    With the activation pattern of x, all pre-activations are affine, a_j + g_j·u, as is each gap of
+    a max-pool's winner to a rival; so the pattern holds where they keep their signs, and ε̂ =
+    min_j |a_j| / ‖g_j‖ is the exact radius of that cell. x [C,H,W] or [D], or a batch of one; g_j
+    comes from pushing the D unit vectors through the network, `chunk` at once.
+    """
+    steps = _exact(net)
+    x = x.detach().double()
+    x = x if x.dim() in (2, 4) else x[None]
+    if len(x) != 1:
+        raise ValueError(f"the linear region is that of one input, got {len(x)}")
+    columns, squares = [], 0
+    for unit in torch.eye(x.numel(), dtype=x.dtype, device=x.device).split(chunk):
+        kinks: list[tuple[Tensor, Tensor]] = []
+        z, g = _tangent(steps, x, unit.view(-1, *x.shape[1:]), kinks)
+        columns.append(g)
+        squares = squares + torch.cat([s for _, s in kinks]) if kinks else None
+    A, eps_hat = torch.cat(columns).T, math.inf
+    if kinks:
+        a, norm = torch.cat([a for a, _ in kinks]), squares.sqrt()
+        # g_j = 0: constant on the cell, so it is no boundary of it.
+        eps_hat = torch.where(norm > 0, a.abs() / norm, math.inf).min().item()
+    return Region(z[0], A, eps_hat)
+
+
+def _tangent(
+    steps: list[nn.Module], a: Tensor, g: Tensor, kinks: list[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """The value a [1,...] and directional derivatives g [n,...] after the steps.
+
+    To kinks go what may not change its sign, and the sum of squares of its derivatives, flat.
+    """
+    for m in steps:
+        if type(m) in _AFFINE:
+            a, g = m(a), _linear(m, g)
+        elif type(m) is nn.MaxPool2d:
+            v, h, shape = _windows(m, a, -math.inf), _windows(m, g, 0.0), m(a).shape[1:]
+            top, winner = v.max(2, keepdim=True)
+            h_top = h.gather(2, winner.expand(len(h), -1, -1, -1))
+            gap = (top - v).scatter(2, winner, math.inf)
+            kinks.append((gap.flatten(), (h_top - h).square().sum(0).flatten()))
+            a, g = top.view(1, *shape), h_top.view(-1, *shape)
+        elif type(m) is Concat:
+            b, h = _tangent(_steps(m.body), a, g, kinks)
+            a, g = torch.cat([a, b], 1), torch.cat([g, h], 1)
+        elif type(m) is Residual:
+            (b, h), (a, g) = (_tangent(_steps(k), a, g, kinks) for k in (m.body, m.shortcut))
+            a, g = a + b, g + h
+        else:
+            kinks.append((a.flatten(), g.square().sum(0).flatten()))
+            g = torch.where(a > 0, g, g * getattr(m, "negative_slope", 0.0))
+            a = m(a)
+    return a, g
+
+
+def id_radius(z: Tensor, A: Tensor, gamma: float, steps: int = 0) -> float:
+    """A radius within which -LSE(z + A u) <= γ; 0 if u = 0 is not ID. Cap it by ε̂. Sound.
+
+    For every q in the simplex, by Fenchel's inequality, LSE(v) >= q·v + H(q); so -LSE(z + A u) <= γ
+    while ‖u‖ <= (γ + q·z + H(q)) / ‖Aᵀq‖. At q = softmax(z) this is |γ - S| / ‖∇S‖, the paper's
+    Eq. (4). With steps > 0 it is raised over q by gradient ascent; its maximum is exact.
+    """
+    z, A = z.detach().double(), A.detach().double()
+    theta, radius = z.clone().requires_grad_(), 0.0
+    if gamma + torch.logsumexp(z, 0) <= 0:
+        return radius
+    optimiser = torch.optim.Adam([theta], lr=0.1, maximize=True)
+    for _ in range(steps + 1):
+        log_q = theta.log_softmax(0)
+        q = log_q.exp()
+        height, slope = gamma + (q * (z - log_q)).sum(), (q @ A).norm()
+        r = height / slope
+        if not r > 0:
+            break
+        radius = max(radius, r.item())
+        if radius == math.inf:
+            break
+        optimiser.zero_grad()
+        r.log().backward()
+        optimiser.step()
+    return radius
+
+
+def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
+    """A radius within which -LSE(z + A u) >= γ; 0 if u = 0 is not OOD. Cap it by ε̂. Sound.
+
+    Not |γ - S| / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
+    The best of: the largest r with LSE(z_i + r ‖A_i‖) <= -γ (> m / max_i ‖A_i‖ with m = S - γ);
+    and the r at which S - r ‖∇S‖ - R² r² / 8 = γ, R = max_ij ‖A_i - A_j‖: by Hoeffding's lemma,
+    LSE(z + v) - LSE(z) = log E_p e^v <= p·v + (max v - min v)² / 8 with p = softmax(z).
+    """
+    z, A = z.detach().double(), A.detach().double()
+    m, a = (-torch.logsumexp(z, 0) - gamma).item(), A.norm(dim=1)
+    if m <= 0:
+        return 0.0
+    if a.max() == 0:
+        return math.inf
+    low, high = m / a.max().item(), ((-gamma - z) / a).min().item()
+    for _ in range(60):
+        r = (low + high) / 2
+        low, high = (r, high) if torch.logsumexp(z + r * a, 0) <= -gamma else (low, r)
+    g = (z.softmax(0) @ A).norm().item()
+    R = torch.cdist(A, A, compute_mode="donot_use_mm_for_euclid_dist").max().item()
+    root = g + math.sqrt(g * g + R * R * m / 2)
+    return max(low, 2 * m / root) if root else math.inf
+
+
+# ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals forward and backward.
+
+
+class _Gate(torch.autograd.Function):
+    """The interval given, and back, cotangent interval times derivative interval [low, high] >= 0.
+
+    An interval is a pair centre c, radius r, and so is its cotangent: for affine layers autograd
+    then turns (c, r) -> (W c, |W| r) into (g_c, g_r) -> (Wᵀ g_c, |W|ᵀ g_r), the interval gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, c, r, out_c, out_r, low, high):
+        ctx.save_for_backward(low, high)
+        return out_c, out_r
+
+    @staticmethod
+    def backward(ctx, g_c, g_r):
+        low, high = ctx.saved_tensors
+        a, b = g_c - g_r, g_c + g_r
+        a, b = torch.minimum(a * low, a * high), torch.maximum(b * low, b * high)
+        return (a + b) / 2, (b - a) / 2, None, None, None, None
+
+
+def _box(steps: list[nn.Module], c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Intervals [c - r, c + r] after the steps, each [N,...]."""
+    for m in steps:
+        low, high = c - r, c + r
+        if type(m) in _AFFINE:
+            c, r = m(c), _linear(m, r, torch.abs)
+        elif type(m) is nn.MaxPool2d:
+            shape = m(c).shape
+            low, high = _windows(m, low, -math.inf), _windows(m, high, -math.inf)
+            c, r = _windows(m, c, 0.0), _windows(m, r, 0.0)
+            bottom, top = (v.amax(2, keepdim=True).detach() for v in (low, high))
+            may_win = (high >= bottom).to(c.dtype)
+            wins = may_win * (may_win.sum(2, keepdim=True) == 1)
+            c, r = _Gate.apply(c, r, (bottom + top) / 2, (top - bottom) / 2, wins, may_win)
+            c, r = c.view(shape), r.view(shape)
+        elif type(m) is Concat:
+            (b, h) = _box(_steps(m.body), c, r)
+            c, r = torch.cat([c, b], 1), torch.cat([r, h], 1)
+        elif type(m) is Residual:
+            (b, h), (c, r) = (_box(_steps(k), c, r) for k in (m.body, m.shortcut))
+            c, r = c + b, r + h
+        else:
+            slope = c.new_full((), getattr(m, "negative_slope", 0.0))
+            slopes = [torch.where(v, slope.new_ones(()), slope) for v in (low > 0, high >= 0)]
+            bottom, top = m(low).detach(), m(high).detach()
+            c, r = _Gate.apply(c, r, (bottom + top) / 2, (top - bottom) / 2, *slopes)
+    return c, r
+
+
+def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
+    """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
+
+    Intervals contain every activation on the ball (the first layer's exactly), hence every
+    derivative of ReLU, hence, backward, every gradient of S, whose norm bounds S by the mean value
+    theorem for locally Lipschitz functions. Tends to ‖∇S(x)‖ as eps -> 0: the paper's argument as
+    a theorem. Infinite where the intervals overflow, as they do in deep networks.
+    """
+    steps = _exact(net)
+    x = x.detach().double().requires_grad_()
+    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    if not (eps >= 0).all():
+        raise ValueError("eps must be >= 0")
+    zero = torch.zeros_like(x, requires_grad=True)
+    c, r, axes = x, zero, eps.square().view(-1, *[1] * (x.dim() - 1)).expand_as(x)
+    while steps and type(steps[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
+        m = steps.pop(0)  # an ellipsoid while the layers are diagonal; one more gives the exact box
+        c, r, axes = m(c), _linear(m, r, torch.abs), _linear(m, axes, torch.square)
+        if type(m) in (nn.Conv2d, nn.Linear):
+            break
+    c, r = _box(steps, c, r + axes.sqrt())
+    low, high = _softmax_bounds((c - r).detach(), (c + r).detach())
+    g_c, g_r = torch.autograd.grad((c, r), (x, zero), ((low + high) / 2, (high - low) / 2))
+    bound = (g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP
+    finite = c.isfinite().all(1) & r.isfinite().all(1) & bound.isfinite()
+    return torch.where(finite, bound, math.inf).detach()
+
+
+def _softmax_bounds(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Bounds on softmax(z)_i for low <= z <= high: z_i at one end, the rest at the other."""
+
+    def others(v: Tensor) -> Tensor:
+        own = torch.eye(v.shape[1], dtype=torch.bool, device=v.device)
+        return v[:, None].expand(-1, v.shape[1], -1).masked_fill(own, -math.inf).logsumexp(2)
+
+    return (low - others(high)).sigmoid(), (high - others(low)).sigmoid()
+
+
+def score_bounds(
+    net: nn.Module, x: Tensor, eps: float, lipschitz: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """Bounds [N] below and above S on B(x_i, eps): S(x) ∓ ε min(L_global, L_local). Sound.
+
+    FPR95 and AUROC of (s_in, lower bounds of s_out) are then guaranteed: no perturbation of the
+    OOD inputs by eps makes the detector worse. lipschitz: what `lipschitz_global` returned.
+    """
+    s = _exact_scores(net, x)
+    change = eps * lipschitz_local(net, x, eps).clamp(max=lipschitz) * _UP
+    return s - change, s + change
+
+
+@torch.no_grad()
+def _exact_scores(net: nn.Module, x: Tensor) -> Tensor:
+    return energy_score(nn.Sequential(*_exact(net))(x.double()))
+
+
+class Certificate(NamedTuple):
+    """Radius [N], side ("ID" or "OOD") and bound of each input; radii of all bounds, by name."""
+
+    radius: Tensor
+    side: list[str]
+    bound: list[str]
+    radii: dict[str, Tensor]
+
+
+def certify(
+    net: nn.Module,
+    x: Tensor,
+    gamma: float,
+    lipschitz: float | None = None,
+    regions: bool = True,
+    id_steps: int = 100,
+) -> Certificate:
+    """The largest sound radius within which the decision S <= γ on each x [N,...] does not change.
+
+    Bounds: "global" (`lipschitz_global`, or pass it), "local" (`lipschitz_local`) and, if regions,
+    "region" (`linear_region`; costs D directions an input, so leave it out for images).
+    """
+    s = _exact_scores(net, x)
+    if lipschitz is None:
+        lipschitz = lipschitz_global(net, x.shape[1:])
+    radii = {"global": certified_radius(s, gamma, lipschitz), "local": _local_radius(net, x, gamma)}
+    if regions:
+        cells = [linear_region(net, v[None]) for v in x]
+        inside = [
+            id_radius(c.z, c.A, gamma, id_steps) if v <= gamma else ood_radius(c.z, c.A, gamma)
+            for c, v in zip(cells, s, strict=True)
+        ]
+        radii["region"] = s.new_tensor(
+            [min(c.eps_hat, r) for c, r in zip(cells, inside, strict=True)]
+        )
+    radii = {name: r * _DOWN for name, r in radii.items()}
+    radius, best = torch.stack(list(radii.values())).max(0)
+    names = list(radii)
+    side = ["ID" if v <= gamma else "OOD" for v in s.tolist()]
+    return Certificate(radius, side, [names[i] for i in best.tolist()], radii)
+
+
+def _local_radius(net: nn.Module, x: Tensor, gamma: float, points: int = 32) -> Tensor:
+    """r [N] at which ∫₀ʳ L(t) dt reaches |γ - S(x)|, L(t) being `lipschitz_local` on B(x, t).
+
+    Sound: S changes by at most that along a ray; and L grows with t, so that on each cell of a grid
+    its value at the far end is a bound.
+    """
+    margin = (_exact_scores(net, x) - gamma).abs()
+    top = certified_radius(margin, 0.0, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
+    grid = torch.logspace(-9, 0, points, dtype=x.dtype).to(margin)[:, None] * top
+    width = grid.diff(dim=0, prepend=torch.zeros_like(grid[:1]))
+    slope = lipschitz_local(net, x.repeat(points, *[1] * (x.dim() - 1)), grid.flatten()).view_as(
+        grid
+    )
+    spent = torch.cat([torch.zeros_like(margin)[None], (slope * width).cumsum(0)[:-1]])
+    return ((margin - spent).clamp(min=0) / slope).nan_to_num(0.0).minimum(width).sum(0)
+
+
+# ---- Randomised smoothing: the only certificate that says something on the paper's networks.
+
+
+def _binomial_lower(k: Tensor, n: int, alpha: float) -> Tensor:
+    """Clopper-Pearson: the largest p (to 2⁻⁶⁰, from below) with P(Bin(n, p) >= k) <= alpha."""
+    j = torch.arange(n + 1, dtype=torch.float64, device=k.device)
+    log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
+    values, index = k.unique(return_inverse=True)
+    log_choose = log_choose.where(j >= values[:, None], -math.inf)
+    low, high = torch.zeros_like(values, dtype=torch.float64), values / n
+    for _ in range(60):
+        p = ((low + high) / 2)[:, None].clamp(1e-300, 1 - 1e-16)
+        tail = torch.logsumexp(log_choose + j * p.log() + (n - j) * (-p).log1p(), 1)
+        ok = tail <= math.log(alpha)
+        low, high = torch.where(ok, p[:, 0], low), torch.where(ok, high, p[:, 0])
+    return torch.where(values == 0, 0.0, low)[index]
+
+
+@torch.no_grad()
+def noisy_scores(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    sigma: float,
+    n: int,
+    generator: torch.Generator | None = None,
+    chunk: int = 1024,
+) -> Tensor:
+    """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
+    rows, size = [], max(1, chunk // len(x))
+    for i in range(0, n, size):
+        shape = min(size, n - i), *x.shape
+        noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        rows.append(score((x + sigma * noise).flatten(0, 1)).view(shape[:2]))
+    return torch.cat(rows).T
+
+
+def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001) -> Tensor:
+    """Signed radius [N] of the smoothed detector from its `noisy_scores` s [N,n]; -R: ID within R.
+
+    The smoothed detector says ID iff P(S(x + σZ) <= γ) > 1/2. If p̲ > 1/2 bounds that probability
+    from below, it says ID within R = σ Φ⁻¹(p̲) (Cohen et al. 2019, by the Neyman-Pearson lemma);
+    for OOD in the same way: +R. With p̲ of Clopper-Pearson at alpha / 2 for either side, a radius is
+    too large with probability at most alpha for each input. 0: undecided. γ must not come from s.
+    """
+    n = s.shape[1]
+    if not 0 < alpha < 1 or n == 0 or s.isnan().any():
+        raise ValueError("need 0 < alpha < 1 and scores [N,n] with n > 0 and no NaN")
+    k = (s <= gamma).sum(1)
+    low, high = (_binomial_lower(v, n, alpha / 2).clamp(min=0.5) for v in (k, n - k))
+    return sigma * (torch.special.ndtri(high) - torch.special.ndtri(low))
+
+
+def smoothing_radius(
+    score: Callable[[Tensor], Tensor],
+    x: Tensor,
+    gamma: float,
+    sigma: float,
+    n: int = 1000,
+    alpha: float = 0.001,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Signed certified ℓ2 radius [N] of the smoothed detector (`smoothed_radius`), -R: ID within R.
+
+    score: any function [M,...] -> [M]. This certifies another detector than S: choose γ on smoothed
+    scores (medians of `noisy_scores`), and report its clean FPR95 and AUROC too.
+    """
+    return smoothed_radius(noisy_scores(score, x, sigma, n, generator), gamma, sigma, alpha)
+
+
+# ---- Attacks: upper bounds on the same radii.
+
+
+def _size(u: Tensor, norm: str) -> Tensor:
+    """‖u_i‖ in ℓ2 or ℓ∞, in float64: [N]."""
+    return torch.linalg.vector_norm(
+        u.flatten(1).double(), ord={"l2": 2, "linf": math.inf}[norm], dim=1
+    )
+
+
+def _direction(g: Tensor, norm: str) -> Tensor:
+    """The u with ‖u‖ = 1 that raises g·u most."""
+    return g.sign() if norm == "linf" else F.normalize(g.flatten(1), dim=1, eps=1e-30).view_as(g)
+
+
+def attack_scores(
+    net: nn.Module,
+    x: Tensor,
+    eps: float | Tensor,
+    sign: float | Tensor,
+    norm: str = "l2",
+    steps: int = 20,
+    restarts: int = 2,
+    clamp: tuple[float, float] | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The x' within eps of x with the largest sign·S found, and S(x') [N], by projected gradients.
+
+    sign +1 makes ID look OOD, -1 OOD look ID. PGD on S = -LSE, not on a softmax that saturates;
+    the first start is x, others are random; steps shrink linearly from 2 eps. An x' counts if
+    ‖x' - x‖ as computed from the rounded x' is at most eps; clamp=(0, 1) keeps images images.
+    Raises ValueError unless norm is "l2" or "linf".
+    """
+    if norm not in ("l2", "linf") or steps < 1 or restarts < 1:
+        raise ValueError(f'need norm "l2" or "linf", steps and restarts >= 1; got {norm!r}')
+    x = x.detach()
+    ones = [1] * (x.dim() - 1)
+    exact_eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
+    eps = exact_eps.to(x.dtype)
+    sign = torch.as_tensor(sign, dtype=x.dtype, device=x.device).expand(len(x))
+    worst, s_worst = x, energy_score(net(x)).detach()
+    for restart in range(restarts):
+        u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        u = _direction(u, norm) * eps.view(-1, *ones) * (restart > 0)
+        for t in range(steps + 1):
+            shrink = (eps / _size(u, norm).to(x).clamp(min=1e-30)).clamp(max=1) * (1 - 1e-4)
+            near = x + (u.clamp(-eps.view(-1, *ones), eps.view(-1, *ones)) if norm == "linf" else u)
+            near = x + (near - x) * shrink.view(-1, *ones) if norm == "l2" else near
+            near = (near if clamp is None else near.clamp(*clamp)).requires_grad_()
+            s = energy_score(net(near))
+            (g,) = torch.autograd.grad((sign * s).sum(), near)
+            near, s = near.detach(), s.detach()
+            better = (sign * s > sign * s_worst) & (_size(near - x, norm) <= exact_eps)
+            worst = torch.where(better.view(-1, *ones), near, worst)
+            s_worst = torch.where(better, s, s_worst)
+            step = 2 * eps * (1 - t / (steps + 1))
+            u = near - x + step.view(-1, *ones) * _direction(g, norm)
+    return worst, s_worst
+
+
+class Attack(NamedTuple):
+    """Inputs x' found, their scores, whether the decision flipped, ‖x' - x‖ (inf if it did not)."""
+
+    x: Tensor
+    s: Tensor
+    flipped: Tensor
+    distance: Tensor
+
+
+def attack(
+    net: nn.Module, x: Tensor, gamma: float, eps: float | Tensor, norm: str = "l2", **options
+) -> Attack:
+    """PGD on S toward the wrong side of γ within eps; options as for `attack_scores`.
+
+    A flip is verified on the x' returned; a failed attack proves nothing.
+    """
+    with torch.no_grad():
+        ood = energy_score(net(x)) > gamma
+    near, s = attack_scores(net, x, eps, 1 - 2.0 * ood, norm, **options)
+    flipped = (s > gamma) != ood
+    return Attack(near, s, flipped, torch.where(flipped, _size(near - x, norm), math.inf))
+
+
+def attack_distance(
+    net: nn.Module,
+    x: Tensor,
+    gamma: float,
+    eps: float,
+    rounds: int = 12,
+    norm: str = "l2",
+    **options,
+) -> Tensor:
+    """The smallest ‖x' - x‖ of a verified flip, by bisection over (0, eps]: [N], inf if none."""
+    best = torch.full((len(x),), math.inf, dtype=torch.float64, device=x.device)
+    low, high = torch.zeros_like(best), torch.full_like(best, eps)
+    for i in range(rounds):
+        middle = high if i == 0 else (low + high) / 2
+        found = attack(net, x, gamma, middle, norm, **options)
+        best = torch.minimum(best, found.distance)
+        low = torch.where(found.flipped, low, middle)
+        high = torch.where(found.flipped, torch.minimum(middle, best), high)
+    return best
+
+
+# ==================================================================================================
 # 5  Post-hoc scores (Section 2.1), low = ID
 # Needs: Net (1), energy_score (2)
 # ==================================================================================================
@@ -829,18 +1538,6 @@ def normalise(x: Tensor, mean: Tensor | tuple, std: Tensor | tuple) -> Tensor:
     on = {"dtype": torch.float32, "device": x.device}
     mean, std = (torch.as_tensor(v, **on).view(-1, 1, 1) for v in (mean, std))
     return x.permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean).div_(std)
-
-
-class Normalize(nn.Module):
-    """(x - mean) / std for x [N,C,H,W] in [0,1]: in front of a net it makes radii pixel units."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
@@ -2048,10 +2745,11 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
         check_same(config, done["config"], folder)
         return done
     train_set, test_set = load_id(config.id, data.root, data.download)
-    aux = None
+    size, aux = train_set.x.shape[1], None
     if METHODS[config.method].sampler.share:
-        aux = _on(device, load_aux(config.aux, data.root, data.download), config.n_aux)
-    ood, left_out = load_ood(default_ood(config.id, data.ood), data.root, data.download)
+        aux = load_aux(config.aux, data.root, data.download, size=size)
+        aux = _on(device, aux, config.n_aux)
+    ood, left_out = load_ood(default_ood(config.id, data.ood), data.root, data.download, size)
     trainer = Trainer(config, folder, _on(device, train_set, config.n_train), aux)
     start = time.time()
     trainer.run()
@@ -2420,7 +3118,8 @@ def command_eval(args: argparse.Namespace) -> None:
     names = args.scores.split(",") if args.scores else [METHODS[config.method].score]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
-    ood, left_out = load_ood(default_ood(config.id, args.ood), args.root, args.download)
+    size, specs = train_set.x.shape[1], default_ood(config.id, args.ood)
+    ood, left_out = load_ood(specs, args.root, args.download, size)
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out} | environment()
     if args.out:

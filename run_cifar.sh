@@ -16,15 +16,15 @@ usage: run_cifar.sh demo | cifar10 | cifar100 [--dry-run]
 
 Environment variables and their defaults:
   PYTHON     a Python with torch; .venv is made beside this script if none is found
-  ARCHS      "resnet18 wrn40_2 densenet100"
-  METHODS    every training method of the table
+  ARCHS      the table's "resnet18 wrn40_2 densenet100"
+  METHODS    every training method of the table, such as "energy greg"
   SEEDS      "0 1 2"
-  ID, AUX    the CIFAR set by name and random300k; or paths of your own data
+  ID, AUX    the CIFAR set and random300k; or paths of your own data
   OOD        the paper's six sets; or names and name=path, separated by blanks
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
   DOWNLOAD   empty           1: fetch the data sets that are absent
-  EXTRA      empty           further options of "greg.py train", such as "--amp --channels-last"
+  EXTRA      empty           further options of "greg.py table", such as "--amp --channels-last"
 
 examples:
   bash run_cifar.sh demo
@@ -57,34 +57,24 @@ case "$job/$dry_run" in
   *) usage >&2; exit 2 ;;
 esac
 if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
-runs=${RUNS:-runs} root=${ROOT:-data}
+runs=${RUNS:-runs}
 
 if [[ $job == demo ]]; then
   run "$python" "$here/greg.py" demo --runs "$runs/demo"
   exit 0
 fi
 
-id=${ID:-$job} table=1
-methods="oe energy openmix greg"
-[[ $job == cifar100 ]] && table=2 methods="oe energy poem openmix dos greg greg+"
-read -ra archs <<<"${ARCHS:-resnet18 wrn40_2 densenet100}"
-read -ra methods <<<"${METHODS:-$methods}"
+[[ $job == cifar10 ]] && number=1 || number=2
+read -ra archs <<<"${ARCHS:-}"
+read -ra methods <<<"${METHODS:-}"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
 read -ra ood <<<"${OOD:-}"
 read -ra extra <<<"${EXTRA:-}"
-common=(--id "$id" --root "$root" ${DOWNLOAD:+--download} ${extra[@]+"${extra[@]}"})
-[[ -n ${OOD:-} ]] && common+=(--ood "${ood[@]}")
-
-for arch in "${archs[@]}"; do
-  for seed in "${seeds[@]}"; do
-    folder=$runs/$job/$arch
-    run "$python" "$here/greg.py" train --method ce --arch "$arch" --seed "$seed" \
-      --out "$folder/ce/seed$seed" "${common[@]}"
-    for method in "${methods[@]}"; do
-      run "$python" "$here/greg.py" train --method "$method" --arch "$arch" --seed "$seed" \
-        --out "$folder/$method/seed$seed" --init-if-finetune "$folder/ce/seed$seed" \
-        ${AUX:+--aux "$AUX"} "${common[@]}"
-    done
-  done
-done
-run "$python" "$here/greg.py" table "$table" --runs "$runs/$job"
+options=(--runs "$runs" --root "${ROOT:-data}" --seeds "${seeds[@]}")
+[[ -z ${ID:-} ]] || options+=(--id "$ID")
+[[ -z ${AUX:-} ]] || options+=(--aux "$AUX")
+[[ -z ${DOWNLOAD:-} ]] || options+=(--download)
+[[ ${#archs[@]} -eq 0 ]] || options+=(--archs "${archs[@]}")
+[[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
+[[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
+run "$python" "$here/greg.py" table "$number" "${options[@]}" ${extra[@]+"${extra[@]}"}
