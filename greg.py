@@ -314,7 +314,7 @@ def gradient_loss(
 
 
 class GregLoss(NamedTuple):
-    """What `greg_loss` returns: the objective, its three terms, and the forward pass behind them."""
+    """What `greg_loss` returns: the objective, its three terms, the forward pass behind them."""
 
     loss: Tensor
     ce: Tensor
@@ -394,11 +394,13 @@ def balanced_energy_loss(
     """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by class.
 
     Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma is large for the classes that are frequent among
-    auxiliary images, prior [K]: those weigh more, and their margin moves by alpha Z.
+    auxiliary images, prior [K]: those weigh more, and their margin moves by alpha Z. The default
+    alpha and gamma are the authors' for CIFAR-10.
     """
     q = prior**gamma / (prior**gamma).sum()
     Z = f_aux.softmax(1) @ q
-    aux = (Z * F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()).sum() / Z.sum()
+    aux = F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()
+    aux = (F.normalize(Z, p=1.0, dim=0) * aux).sum()  # 0, not NaN, where every Z underflows to 0
     return F.relu(energy_score(f_in) - m_in).square().mean() + aux
 
 
@@ -551,12 +553,15 @@ def dos_sampling(z: Tensor, s: Tensor, k: int, generator: torch.Generator | None
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): the n samples of lowest score, here p_{K+1}, after a share q [N].
 
-    The very hardest outliers are skipped. Raises ValueError if fewer than n are left.
+    The very hardest outliers are skipped. The indices come in ascending order: by rank, the hard
+    ones would all be seen first. Raises ValueError if fewer than n are left or a score is NaN.
     """
     first = int(q * len(s))
     if first + n > len(s):
         raise ValueError(f"NTOM skips {first} of {len(s)} auxiliary images: {n} more are not there")
-    return s.argsort(stable=True)[first : first + n]
+    if s.isnan().any():
+        raise ValueError("the auxiliary scores have NaN: the network has diverged")
+    return s.argsort(stable=True)[first : first + n].sort().values
 
 
 def poem_posterior(
@@ -566,9 +571,12 @@ def poem_posterior(
 
     gram = Z'Z [d,d], zy = Z'y [d], prior variance sigma, noise variance sigma_n -> the posterior's
     mean [d] and the lower Cholesky factor [d,d] of its precision Z'Z / sigma_n + I / sigma. (The
-    released POEM multiplies the covariance by sigma once more.)
+    released POEM multiplies the covariance by sigma once more, and shifts all targets by one draw
+    of the noise.) Raises ValueError unless gram was summed in float64: features of a trained
+    network are nearly of low rank, so that float32 sums are not positive definite.
     """
-    gram, zy = gram.double(), zy.double()
+    if gram.dtype != torch.float64 or zy.dtype != torch.float64:
+        raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
     precision = gram / sigma_n + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / sigma
     factor = torch.linalg.cholesky(precision)
     return torch.cholesky_solve(zy[:, None] / sigma_n, factor)[:, 0], factor
@@ -744,7 +752,7 @@ def _split(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _weigh(m: nn.Module, x: Tensor, w: Tensor, after: nn.Module | None) -> tuple[Tensor, bool]:
     """w after a convolution or linear layer; True if the batch norm that follows is in it.
 
-    Its factors s split into s^α for this layer and s^(1-α), which commutes with ReLU, for the next.
+    Its factors s count for this layer (α = 1) or commute with ReLU and count for the next (α = 0).
     """
     weight = m.weight if m.weight.dim() == 4 else m.weight[:, :, None, None]
     conv = type(m) is nn.Conv2d
@@ -754,7 +762,7 @@ def _weigh(m: nn.Module, x: Tensor, w: Tensor, after: nn.Module | None) -> tuple
     weight = weight * w_in[:, :, None, None]
     fold = type(after) in _DIAGONAL
     s = _scale(after).abs() if fold else w.new_ones(len(weight))
-    exponents = (0.0, 0.5, 1.0) if fold else (0.0,)
+    exponents = (0.0, 1.0) if fold else (0.0,)
     norms = [conv_norm(weight * (s**a)[:, None, None, None], hw, *options) for a in exponents]
     folds = [norm * s ** (1 - a) for norm, a in zip(norms, exponents, strict=True)]
     return min(folds, key=lambda v: v.norm().item()), fold
@@ -1089,7 +1097,7 @@ def _local_radius(net: nn.Module, x: Tensor, gamma: float, points: int = 32) -> 
     """
     margin = (_exact_scores(net, x) - gamma).abs()
     top = certified_radius(margin, 0.0, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
-    grid = torch.logspace(-9, 0, points, dtype=x.dtype).to(margin)[:, None] * top
+    grid = torch.logspace(-9, 0, points).to(margin)[:, None] * top
     width = grid.diff(dim=0, prepend=torch.zeros_like(grid[:1]))
     slope = lipschitz_local(net, x.repeat(points, *[1] * (x.dim() - 1)), grid.flatten()).view_as(
         grid
@@ -1107,7 +1115,7 @@ def _binomial_lower(k: Tensor, n: int, alpha: float) -> Tensor:
     log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
     values, index = k.unique(return_inverse=True)
     log_choose = log_choose.where(j >= values[:, None], -math.inf)
-    low, high = torch.zeros_like(values, dtype=torch.float64), values / n
+    low, high = torch.zeros_like(values, dtype=torch.float64), values.double() / n
     for _ in range(60):
         p = ((low + high) / 2)[:, None].clamp(1e-300, 1 - 1e-16)
         tail = torch.logsumexp(log_choose + j * p.log() + (n - j) * (-p).log1p(), 1)
@@ -1207,23 +1215,25 @@ def attack_scores(
     exact_eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     eps = exact_eps.to(x.dtype)
     sign = torch.as_tensor(sign, dtype=x.dtype, device=x.device).expand(len(x))
+    limit = (eps * (1 - 1e-4)).view(-1, *ones)  # rounding x' must not lead out of the ball
     worst, s_worst = x, energy_score(net(x)).detach()
     for restart in range(restarts):
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        u = _direction(u, norm) * eps.view(-1, *ones) * (restart > 0)
+        u = _direction(u, norm) * limit * (restart > 0)
         for t in range(steps + 1):
-            shrink = (eps / _size(u, norm).to(x).clamp(min=1e-30)).clamp(max=1) * (1 - 1e-4)
-            near = x + (u.clamp(-eps.view(-1, *ones), eps.view(-1, *ones)) if norm == "linf" else u)
-            near = x + (near - x) * shrink.view(-1, *ones) if norm == "l2" else near
-            near = (near if clamp is None else near.clamp(*clamp)).requires_grad_()
+            if norm == "linf":
+                near = x + u.clamp(-limit, limit)
+            else:
+                near = x + u * (limit / _size(u, norm).view_as(limit).clamp(min=1e-30)).clamp(max=1)
+            near = (near if clamp is None else near.clamp(*clamp)).to(x.dtype).requires_grad_()
             s = energy_score(net(near))
             (g,) = torch.autograd.grad((sign * s).sum(), near)
             near, s = near.detach(), s.detach()
             better = (sign * s > sign * s_worst) & (_size(near - x, norm) <= exact_eps)
             worst = torch.where(better.view(-1, *ones), near, worst)
             s_worst = torch.where(better, s, s_worst)
-            step = 2 * eps * (1 - t / (steps + 1))
-            u = near - x + step.view(-1, *ones) * _direction(g, norm)
+            step = 2 * 4.0 ** (restart % 2 - 1) * (1 - t / (steps + 1))
+            u = near - x + step * limit * _direction(g, norm)
     return worst, s_worst
 
 
@@ -1277,14 +1287,18 @@ def attack_distance(
 # ==================================================================================================
 
 
+def _probabilities(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+
+
 def msp(logits: Tensor) -> Tensor:
     """Maximum softmax probability (Hendrycks & Gimpel 2017), negated: [N,K] -> [N]."""
-    return -logits.softmax(1).amax(1)
+    return -_probabilities(logits).amax(1)
 
 
 def absent(logits: Tensor) -> Tensor:
     """Probability of the last, "absent" class of a K+1 head (Chen et al. 2021): [N,K+1] -> [N]."""
-    return logits.softmax(1)[:, -1]
+    return _probabilities(logits)[:, -1]
 
 
 def odin(
@@ -1304,17 +1318,25 @@ def odin(
         return msp(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)) / T)
 
 
-def percentile(v: Tensor, p: float) -> float:
-    """NumPy's (linear) percentile p of all entries; torch.quantile refuses more than 16 M."""
-    v, position = v.flatten().double().sort().values, p / 100 * (v.numel() - 1)
+def percentile(v: Tensor, p: float) -> Tensor:
+    """NumPy's (linear) percentile p of all entries, a scalar in float64.
+
+    torch.quantile refuses more than 16 M entries, and sorting 25 M takes ten times as long.
+    """
+    v, position = v.flatten(), p / 100 * (v.numel() - 1)
     low = math.floor(position)
-    high = min(low + 1, v.numel() - 1)
-    return (v[low] + (position - low) * (v[high] - v[low])).item()
+    a, b = (v.kthvalue(min(i, v.numel())).values.double() for i in (low + 1, low + 2))
+    return a + (position - low) * (b - a)
 
 
-def react(z: Tensor, W: Tensor, b: Tensor, clip: float) -> Tensor:
+def react(z: Tensor, W: Tensor, b: Tensor, clip: Tensor | float) -> Tensor:
     """ReAct (Sun et al. 2021): energy score of the features clipped from above; z [N,d] -> [N]."""
     return energy_score(z.clamp(max=clip) @ W.mT + b)
+
+
+def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = math.inf) -> Tensor:
+    """DICE (Sun & Li 2022): energy score through the masked head; with a clip, on top of ReAct."""
+    return react(z, W * mask, b, clip)
 
 
 def dice_mask(z_mean: Tensor, W: Tensor, p: float) -> Tensor:
@@ -1323,97 +1345,106 @@ def dice_mask(z_mean: Tensor, W: Tensor, p: float) -> Tensor:
     return V > percentile(V, p)
 
 
-def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: float = math.inf) -> Tensor:
-    """DICE (Sun & Li 2022): energy score through the masked head; with a clip, on top of ReAct."""
-    return react(z, W * mask, b, clip)
+class Line(NamedTuple):
+    """What LINe knows of the classes: contributions s [K,d] and two thresholds for each class."""
+
+    s: Tensor
+    activation: Tensor
+    weight: Tensor
+
+    def mask(self, W: Tensor, c: int) -> Tensor:
+        """Class c's weight mask with its activation mask on the columns: [K,d]."""
+        return (self.s[c].abs() * W > self.weight[c]) & (self.s[c] > self.activation[c])
 
 
-def line_masks(
-    z_class: Tensor, W: Tensor, p_a: float, p_w: float
-) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """LINe's activation masks [K,d] and, class by class, its weight masks c -> [K,d].
+def line_fit(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Line:
+    """LINe's contributions and thresholds from the class means z_class [K,d] of E[h | y = c].
 
     The contribution of a feature to class c, E[h_j ∂f_c/∂h_j | y = c] (first-order Shapley), is
-    W_c ⊙ E[h | y = c] for a linear head: no backward pass for each sample. z_class [K,d] are the
-    class means E[h | y = c].
+    W_c ⊙ E[h | y = c] for a linear head: no backward pass for each sample.
     """
     s = W * z_class
-    activation = torch.stack([row > percentile(row, p_a) for row in s])
-
-    def weight(c: int) -> Tensor:
-        V = s[c].abs() * W
-        return V > percentile(V, p_w)
-
-    return activation, weight
+    activation = torch.stack([percentile(s_c, p_a) for s_c in s])
+    return Line(s, activation, torch.stack([percentile(s_c.abs() * W, p_w) for s_c in s]))
 
 
-def line(
-    z: Tensor,
-    W: Tensor,
-    b: Tensor,
-    activation: Tensor,
-    weight: Callable[[int], Tensor],
-    clip: float,
-) -> Tensor:
-    """LINe (Ahn et al. 2023): energy score with the predicted class's masks; z [N,d] -> [N].
+def line(z: Tensor, W: Tensor, b: Tensor, fit: Line, clip: Tensor | float) -> Tensor:
+    """LINe (Ahn et al. 2023): DICE and ReAct with the predicted class's mask; z [N,d] -> [N].
 
     One class at a time, so that no K×K×d tensor is needed.
     """
-    z = z.clamp(max=clip)
-    predicted, s = (z @ W.mT + b).argmax(1), z.new_empty(len(z))
+    predicted = (z.clamp(max=clip) @ W.mT + b).argmax(1)
+    s = z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
     for c in predicted.unique().tolist():
         rows = predicted == c
-        s[rows] = energy_score((z[rows] * activation[c]) @ (W * weight(c)).mT + b)
+        s[rows] = dice(z[rows], W, b, fit.mask(W, c), clip)
     return s
 
 
 class PostHoc(NamedTuple):
     """Hyper-parameters of the post-hoc scores."""
 
-    T: float = 1000.0
-    eps: float = 0.0014  # ODIN
-    react_p: float = 90.0  # percentile of the ID activations
-    dice_p: float = 90.0
-    line_a: float = 90.0  # activation mask
-    line_w: float = 90.0  # weight mask
-    line_clip: float = 1.0
+    T: float = 1000.0  # ODIN, its paper
+    eps: float = 0.0014  # ODIN, its paper: DenseNet on CIFAR-10; the GReg release: everywhere
+    react_p: float = 90.0  # percentile of the ID activations; ReAct, its paper
+    dice_p: float = 90.0  # DICE, its scripts for CIFAR
+    line_a: float = 90.0  # activation mask; LINe, its scripts: DenseNet on CIFAR-10
+    line_w: float = 90.0  # weight mask, likewise
+    line_clip: float = 1.0  # likewise
 
 
-# ODIN: T and eps of ODIN's own table for DenseNet (CIFAR-10 .0014, CIFAR-100 .0028); the other
-# networks have no single published value. ReAct: 90 for CIFAR, its paper. DICE: 90 for CIFAR, 70
-# for ImageNet, its scripts. LINe: its scripts publish DenseNet on CIFAR and ResNet-50 on ImageNet;
-# nothing is published for ResNet-18 or WRN, which take DenseNet's.
-POST_HOC = {
+# By ID data, or by ID data and network. The paper says nothing of these. No source has LINe on
+# ResNet-18 or WRN: they take DenseNet's values. On ImageNet DICE and LINe publish ResNet-50 alone,
+# with all 1,000 classes: DenseNet-121 with ten takes these.
+POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
-    "cifar100": PostHoc(eps=0.0028, line_a=10.0),
-    "imagenet": PostHoc(eps=0.0014, dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
+    ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
+    "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN, LINe: DenseNet; ODIN has WRN around it
+    "imagenet": PostHoc(dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
 }
 
 
+def post_hoc(id: str, arch: str, K: int) -> PostHoc:
+    """Hyper-parameters for ID data, network and class count; other data go by the class count."""
+    known = id if id in POST_HOC else "cifar100" if K == 100 else "cifar10"
+    return POST_HOC.get((known, arch), POST_HOC[known])
+
+
 class Fit(NamedTuple):
-    """What the post-hoc scores learn from the training set: one pass, no gradients."""
+    """The K-class head and what the post-hoc scores learn: one pass, no gradients."""
 
     p: PostHoc
     std: Sequence[float]
-    clip: float
+    W: Tensor
+    b: Tensor
+    clip: Tensor
     mask: Tensor
-    activation: Tensor
-    weight: Callable[[int], Tensor]
+    line: Line
 
 
-def fit_scores(net: Net, z: Tensor, y: Tensor, p: PostHoc, std: Sequence[float] = (1.0,)) -> Fit:
+def fit_scores(
+    net: Net,
+    z: Tensor,
+    y: Tensor,
+    p: PostHoc,
+    std: Sequence[float] = (1.0,),
+    K: int | None = None,
+) -> Fit:
     """Fit ReAct, DICE and LINe to training features z [N,d] (test transform) and labels y [N].
 
-    Raises ValueError if a class has no sample.
+    Only the first K outputs count (default: all); an "absent" class has no training images.
+    ReAct's percentile is of these features too; its code takes 2,000 validation images.
+    Raises ValueError if a class has no sample or a feature is not finite.
     """
-    W, K = net.fc.weight.detach(), len(net.fc.weight)
-    one_hot = F.one_hot(y, K).to(z.dtype)
+    W, b = net.fc.weight.detach()[:K], net.fc.bias.detach()[:K]
+    one_hot = F.one_hot(y, len(W)).to(z.dtype)
     n = one_hot.sum(0)
-    if (n == 0).any():
-        raise ValueError(f"LINe needs training features of every class; {n.tolist()} per class")
-    activation, weight = line_masks(one_hot.mT @ z / n[:, None], W, p.line_a, p.line_w)
-    clip = percentile(z, p.react_p)
-    return Fit(p, std, clip, dice_mask(z.mean(0), W, p.dice_p), activation, weight)
+    if (n == 0).any() or not z.isfinite().all():
+        counts = n.long().tolist()
+        raise ValueError(f"need finite training features of every class; {counts} per class")
+    fitted = line_fit(one_hot.mT @ z / n[:, None], W, p.line_a, p.line_w)
+    mask = dice_mask(z.mean(0), W, p.dice_p)
+    return Fit(p, std, W, b, percentile(z, p.react_p), mask, fitted)
 
 
 # Score of (net, normalised images x, logits f, features z, fit), each row by the name in --scores.
@@ -1421,12 +1452,10 @@ SCORES: dict[str, Callable[[Net, Tensor, Tensor, Tensor, Fit], Tensor]] = {
     "msp": lambda net, x, f, z, fit: msp(f),
     "odin": lambda net, x, f, z, fit: odin(net, x, fit.p.T, fit.p.eps, fit.std),
     "energy": lambda net, x, f, z, fit: energy_score(f),
-    "react": lambda net, x, f, z, fit: react(z, net.fc.weight, net.fc.bias, fit.clip),
-    "dice": lambda net, x, f, z, fit: dice(z, net.fc.weight, net.fc.bias, fit.mask),
-    "dice+react": lambda net, x, f, z, fit: dice(z, net.fc.weight, net.fc.bias, fit.mask, fit.clip),
-    "line": lambda net, x, f, z, fit: line(
-        z, net.fc.weight, net.fc.bias, fit.activation, fit.weight, fit.p.line_clip
-    ),
+    "react": lambda net, x, f, z, fit: react(z, fit.W, fit.b, fit.clip),
+    "dice": lambda net, x, f, z, fit: dice(z, fit.W, fit.b, fit.mask),
+    "dice+react": lambda net, x, f, z, fit: dice(z, fit.W, fit.b, fit.mask, fit.clip),
+    "line": lambda net, x, f, z, fit: line(z, fit.W, fit.b, fit.line, fit.p.line_clip),
     "absent": lambda net, x, f, z, fit: absent(f),
     "msp of K": lambda net, x, f, z, fit: msp(f[:, :-1]),  # OpenMix drops its class K+1
 }
@@ -2061,30 +2090,38 @@ class Method:
 
 
 def ntom_pool(trainer: Trainer, order: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """NTOM's outliers of the epoch, mined from 400,000 auxiliary images."""
+    """NTOM's outliers of the epoch, mined from 400,000 auxiliary images.
+
+    At most a quarter of them, the share that the released code keeps; the epoch then goes over a
+    small set more than once. `order` is random, and so is that of the result.
+    """
     order = order[:400_000]
-    return order[quantile_mining(absent(trainer.embed_images(trainer.aux_set, order)[0]), n)]
+    p_absent = absent(trainer.embed_images(trainer.aux_set, order)[0])
+    return order[quantile_mining(p_absent, min(n, len(order) // 4))]
 
 
 def poem_pool(trainer: Trainer, order: Tensor, n: int, generator: torch.Generator) -> Tensor:
     """POEM's outliers of the epoch: of 400,000 the n nearest to a boundary drawn at random.
 
-    The regression is on the ID images (target -3) and on the outliers of the last four epochs
-    (target 3); these are kept as indices, their features computed anew.
+    The regression is on the ID images (target -3), once for each epoch remembered, and on the
+    outliers of the last four epochs (target 3); these are kept as indices, their features
+    computed anew.
     """
-    memory, order = trainer.memory, order[:400_000]
-    _, z = trainer.embed_images(trainer.train_set)
-    gram, zy = torch.zeros_like(z.mT @ z), torch.zeros_like(z[0])
-    if "buffer" in memory:
-        epochs = len(memory["buffer"]) // n
-        _, z_aux = trainer.embed_images(trainer.aux_set, memory["buffer"])
-        gram = epochs * (z.mT @ z) + z_aux.mT @ z_aux
-        zy = 3.0 * (z_aux.sum(0) - epochs * z.sum(0))
+    order, buffer = order[:400_000], trainer.memory.get("buffer", order[:0])
+    n, d = min(n, len(order)), trainer.net.fc.in_features
+    gram, zy = order.new_zeros(d, d, dtype=torch.float64), order.new_zeros(d, dtype=torch.float64)
+    id_part = trainer.train_set, None, len(buffer) // n, -3.0
+    for images, i, times, target in (id_part, (trainer.aux_set, buffer, 1, 3.0)):
+        if len(buffer):
+            z = trainer.embed_images(images, i)[1].double()
+            gram += times * (z.mT @ z)
+            zy += times * target * z.sum(0)
     beta = poem_draw(*poem_posterior(gram, zy), generator)
-    _, z = trainer.embed_images(trainer.aux_set, order)
-    chosen = order[(z.double() @ beta).abs().argsort(stable=True)[:n]]
-    memory["buffer"] = torch.cat([memory.get("buffer", chosen[:0]), chosen])[-4 * n :]
-    return chosen[torch.randperm(len(chosen), generator=generator, device=chosen.device)]
+    z = trainer.embed_images(trainer.aux_set, order)[1]
+    nearest = (z @ beta.to(z.dtype)).abs().argsort(stable=True)[:n]
+    chosen = order[nearest.sort().values]  # in the random order, not the nearest first
+    trainer.memory["buffer"] = torch.cat([buffer, chosen])[-4 * n :]
+    return chosen
 
 
 def mix(
@@ -2101,13 +2138,17 @@ def mix(
 def balance(
     trainer: Trainer, x_in: Tensor, x_aux: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Balanced energy's class prior: the classes that the network at the start gives outliers."""
+    """Balanced energy's class prior: the classes that the network at the start gives outliers.
+
+    The authors' alpha and gamma are 10 and 0.05 for CIFAR-10, 100 and 0.005 for CIFAR-100: in
+    both K and 1 / (2 K).
+    """
+    c, K = trainer.config, trainer.net.fc.out_features
     if "prior" not in trainer.memory:
         logits, _ = trainer.embed_images(trainer.aux_set)
-        counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-        trainer.memory["prior"] = counts / counts.sum()
-    c = trainer.config
-    return x_aux, {"prior": trainer.memory["prior"], "m_in": c.m_in, "m_aux": c.m_aux}
+        trainer.memory["prior"] = torch.bincount(logits.argmax(1), minlength=K) / len(logits)
+    margins = {"m_in": c.m_in, "m_aux": c.m_aux}
+    return x_aux, {"prior": trainer.memory["prior"], "alpha": K, "gamma": 0.5 / K, **margins}
 
 
 ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
@@ -2115,6 +2156,9 @@ DOS_SAMPLING = Sampler(1, lambda f, z, k, g: dos_sampling(z, absent(f), k, g))
 # The paper leaves open what "correctly detected" is for the score of OE, the maximum softmax
 # probability p: here p >= 1/2 for ID and p <= 1/2 for auxiliary images.
 OE_GRADIENT = Gradient(msp, m_in=-0.5, m_aux=-0.5)
+# lambda_s: OE 0.5, its paper; K+1 classes 1, their released code; the rest 0.1, Section 6.1. The
+# margins of every energy loss are those of the released code of GReg, DOS and POEM, -25 and -7
+# (energy and balanced energy have their own: -23, -5 on CIFAR-10 and -27, -5 on CIFAR-100).
 METHODS = {
     # The paper's own line.
     "ce": Method(loss=no_loss, sampler=Sampler(0), recipe="pretrain"),
@@ -2125,30 +2169,13 @@ METHODS = {
     # The compared methods.
     "oe": Method(oe_loss, Sampler(2), score="msp", lambda_s=0.5),
     "openmix": Method(
-        openmix_loss,
-        score="msp of K",
-        recipe="openmix",
-        lambda_s=1.0,
-        extra_class=True,
-        prepare=mix,
+        openmix_loss, prepare=mix, score="msp of K", recipe="openmix", lambda_s=1, extra_class=True
     ),
     "poem": Method(sampler=Sampler(1, pool=poem_pool), recipe="mining"),
     "ntom": Method(
-        absent_loss,
-        Sampler(2, pool=ntom_pool),
-        score="absent",
-        recipe="mining",
-        lambda_s=1.0,
-        extra_class=True,
+        absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, extra_class=True
     ),
-    "dos": Method(
-        absent_loss,
-        DOS_SAMPLING,
-        score="absent",
-        recipe="mining",
-        lambda_s=1.0,
-        extra_class=True,
-    ),
+    "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, extra_class=True),
     "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
     # Table 4.
     "oe+grad": Method(oe_loss, Sampler(2), OE_GRADIENT, score="msp", lambda_s=0.5),
@@ -2659,8 +2686,9 @@ def fit_to(net: Net, train_set: Images, config: Config) -> Fit:
     device, stats = net.fc.weight.device, STATS[config.stats]
     parts = torch.arange(len(train_set.x)).split(1000)
     z = torch.cat([embed(net, batch(train_set.x, i, *stats, device))[1] for i in parts])
-    p = POST_HOC.get(config.stats, POST_HOC["cifar100" if len(net.fc.weight) == 100 else "cifar10"])
-    return fit_scores(net, z, train_set.y.to(device), p, stats[1])
+    K = len(train_set.classes)
+    p = post_hoc(config.id, config.arch, K)
+    return fit_scores(net, z, train_set.y.to(device), p, stats[1], K)
 
 
 def evaluate(
@@ -2753,6 +2781,10 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     trainer = Trainer(config, folder, _on(device, train_set, config.n_train), aux)
     start = time.time()
     trainer.run()
+    if trainer.world > 1:
+        torch.distributed.barrier()
+        if trainer.rank:
+            return {}
     score = METHODS[config.method].score
     names = [score] if config.aux else POST_HOC_ROWS
     results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
@@ -3065,6 +3097,329 @@ def run_table(args: argparse.Namespace) -> None:
                 train(config, run_folder(args.runs, config), args.device, data_options(args))
 
 
+def _score(net: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([energy_score(net(v)) for v in x.split(chunk)])
+
+
+def certify_report(
+    net: nn.Module,
+    x_in: Tensor,
+    x_out: dict[str, Tensor],
+    epsilons: Sequence[float] = (0.05, 0.1, 0.25, 0.5),
+    sigma: float = 0.25,
+    n: int = 500,
+    alpha: float = 0.001,
+    seed: int = 0,
+    steps: int = 20,
+    local: bool = True,
+    clamp: tuple[float, float] | None = (0.0, 1.0),
+) -> dict[str, Any]:
+    """Clean, attacked and certified FPR95/AUROC of OOD sets under ℓ2 perturbations of OOD inputs.
+
+    net: on [0,1] pixels (Normalize in front), eval mode; x_in [N,...] and x_out, name -> [M,...].
+    γ accepts 95 % of the clean ID inputs. "attacked" is what PGD found, "certified" what no attack
+    can do to S (lower bounds, global and, if `local`, local). "smoothed" is another detector with a
+    γ of its own, from medians under other noise; at ε > 0 it is certified, for each input with
+    probability 1 - alpha. Also the share of ID inputs that the attack has rejected at γ.
+    """
+    device = next(net.parameters()).device
+    draws = torch.Generator(device).manual_seed(seed)
+    lipschitz = lipschitz_global(net, x_in.shape[1:])
+    s_in = _score(net, x_in)
+    gamma = threshold(s_in)
+
+    def attacked(x: Tensor, eps: float, sign: float) -> Tensor:
+        options = {"steps": steps, "clamp": clamp, "generator": draws}
+        return torch.cat([attack_scores(net, v, eps, sign, **options)[1] for v in x.split(512)])
+
+    def noisy(x: Tensor) -> Tensor:
+        score = lambda v: energy_score(net(v))  # noqa: E731
+        return torch.cat([noisy_scores(score, v, sigma, n, draws) for v in x.split(64)])
+
+    def lower(x: Tensor, eps: float) -> Tensor:
+        if not local:
+            return _score(net, x).double() - eps * lipschitz
+        return torch.cat([score_bounds(net, v, eps, lipschitz)[0] for v in x.split(64)])
+
+    def metrics(s: Tensor, s_ref: Tensor) -> dict[str, float]:
+        return {"fpr95": fpr_at_tpr(s_ref, s), "auroc": auroc(s_ref, s)}
+
+    smooth_in = noisy(x_in).median(1).values
+    smooth_gamma = threshold(smooth_in)
+    radius_in = smoothed_radius(noisy(x_in), smooth_gamma, sigma, alpha)
+    report: dict[str, Any] = {"gamma": gamma, "smoothed_gamma": smooth_gamma, "sets": {}}
+    report |= {"lipschitz_global": lipschitz, "sigma": sigma, "n": n, "alpha": alpha}
+    report["id_rejected"] = {
+        eps: (attacked(x_in, eps, 1.0) > gamma).double().mean().item() for eps in epsilons
+    }
+    report["mean_radius_id"] = (-radius_in).clamp(min=0).mean().item()
+    for name, x in x_out.items():
+        noise = noisy(x)
+        radius = smoothed_radius(noise, smooth_gamma, sigma, alpha)
+        rows = {0.0: {"attacked": metrics(_score(net, x), s_in)}}
+        rows[0.0]["certified"] = rows[0.0]["attacked"]
+        rows[0.0]["smoothed"] = metrics(noise.median(1).values, smooth_in)
+        for eps in epsilons:
+            rows[eps] = {
+                "attacked": metrics(attacked(x, eps, -1.0), s_in),
+                "certified": metrics(lower(x, eps), s_in.double()),
+                "smoothed": {"fpr95": (radius <= eps).double().mean().item()},
+            }
+        report["sets"][name] = {"rows": rows, "mean_radius": radius.clamp(min=0).mean().item()}
+    return report
+
+
+def certify_table(report: dict[str, Any]) -> str:
+    """The report as Markdown: FPR95 / AUROC in %, one row for each set and eps."""
+
+    def cell(v: dict[str, float]) -> str:
+        return " / ".join(f"{100 * v[k]:.1f}" for k in ("fpr95", "auroc") if k in v)
+
+    kinds = "attacked", "certified", "smoothed"
+    lines = [
+        [name, f"{eps:g}", *(cell(row[k]) for k in kinds)]
+        for name, results in report["sets"].items()
+        for eps, row in results["rows"].items()
+    ]
+    rejected = ", ".join(f"{100 * v:.1f} at {e:g}" for e, v in report["id_rejected"].items())
+    radii = ", ".join(f"{k} {v['mean_radius']:.3f}" for k, v in report["sets"].items())
+    header = ["OOD set", "ℓ2 ε", "attacked", "certified", f"smoothed, σ = {report['sigma']:g}"]
+    return (
+        markdown(header, lines)
+        + f"\nFPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.\n"
+        + f"Mean radius of smoothing: ID {report['mean_radius_id']:.3f}, {radii}.\n"
+    )
+
+
+def certify_figure(report: dict[str, Any], path: Path) -> None:
+    """FPR95 over ε, a panel for each OOD set: attacked below, certified above."""
+    from matplotlib.figure import Figure
+
+    sets = report["sets"]
+    figure = Figure(figsize=(3.2 * len(sets), 3), layout="constrained")
+    panels = figure.subplots(1, len(sets), squeeze=False)[0]
+    for axes, (name, v) in zip(panels, sets.items(), strict=True):
+        for kind, style in ("attacked", "C3-"), ("certified", "C0-"), ("smoothed", "C2--"):
+            axes.plot(list(v["rows"]), [100 * r[kind]["fpr95"] for r in v["rows"].values()], style)
+        axes.set(title=name, xlabel="ℓ2 ε in [0,1] pixels", ylim=(-3, 103))
+    figure.axes[0].set_ylabel("FPR95 in %")
+    figure.axes[-1].legend(["attacked", "certified", "smoothed, certified"], fontsize=7)
+    figure.savefig(path, dpi=150)
+
+
+def toy(n: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The plane: n points of three ID clusters, their labels, and n auxiliary points around."""
+    y = torch.randint(3, (n,), generator=g)
+    angle = y * (2 * math.pi / 3) + math.pi / 2
+    centre = torch.stack([angle.cos(), angle.sin()], 1)
+    x_in = centre + 0.13 * torch.randn(n, 2, generator=g)
+    x_aux = 6 * torch.rand(8 * n, 2, generator=g) - 3
+    centres = torch.stack([centre[(y == k).nonzero()[0, 0]] for k in range(3)])
+    return x_in, y, x_aux[torch.cdist(x_aux, centres).amin(1) > 0.65][:n]
+
+
+def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module:
+    """A 2-32-32-3 network on the toy by GReg; margins -6 and -2 suit its small logits."""
+    g = torch.Generator().manual_seed(seed)
+    net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
+    for p in net.parameters():
+        p.data = (torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5
+    optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        x_in, y, x_aux = toy(128, g)
+        optimiser.zero_grad()
+        greg_loss(net, x_in, y, x_aux, -6.0, -2.0, 0.1, lambda_grad).loss.backward()
+        optimiser.step()
+    return net.double().eval()
+
+
+def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> dict[str, Any]:
+    """Figure 1 as an experiment: S on the plane, γ, certified balls (solid) and attacks (dotted).
+
+    Draws `path`; returns, without and with the gradient term, FPR95, mean ‖∇S‖, and for either side
+    the median ratio of attack distance to certified radius of each bound: 1 would be exact.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    figure, results = Figure(figsize=(9.5, 4.4), layout="constrained"), {}
+    axis = torch.linspace(-2.2, 2.2, 200, dtype=torch.float64)
+    grid = torch.cartesian_prod(axis, axis)
+    for axes, lambda_grad in zip(figure.subplots(1, 2), (0.0, 0.1), strict=True):
+        net, g = train_toy(lambda_grad, seed, steps), torch.Generator().manual_seed(seed + 1)
+        x_in, _, x_out = (v.double() for v in toy(500, g))
+        s_in, s_out = _score(net, x_in), _score(net, x_out)
+        gamma = threshold(s_in)
+        result = {"fpr95": fpr_at_tpr(s_in, s_out), "gamma": gamma}
+        surface = _score(net, grid).view(200, 200).T
+        levels = torch.linspace(-9, 0, 28)
+        image = axes.contourf(axis, axis, surface, levels, extend="both")
+        figure.colorbar(image, ax=axes, label="S")
+        axes.contour(axis, axis, surface, [gamma], colors="white", linewidths=1.5)
+        for side, x in ("ID", x_in[s_in <= gamma]), ("OOD", x_out[s_out > gamma]):
+            x = x[(x.abs() < 2).all(1)][:points]
+            found, distance = certify(net, x, gamma), attack_distance(net, x, gamma, 3.0)
+            radii = found.radii | {"best": found.radius}
+            for name, r in radii.items():
+                result[f"{side} {name}"] = (distance / r).median().item()
+            result[f"{side} radius"] = found.radius.median().item()
+            result[f"{side} attack"] = distance.median().item()
+            colour = "white" if side == "ID" else "black"
+            drawn = (v[:8].tolist() for v in (x, found.radius, distance))
+            for p, r, d in zip(*drawn, strict=True):
+                axes.plot(*p, ".", color=colour, markersize=3)
+                for radius, style in (r, "-"), (d, ":"):
+                    if radius < math.inf:
+                        axes.add_patch(Circle(p, radius, fill=False, ls=style, ec=colour, lw=0.8))
+        axes.set(
+            title=f"λ_∇S = {lambda_grad:g}", aspect="equal", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2)
+        )
+        results[lambda_grad] = result
+    figure.savefig(path, dpi=150)
+    return results
+
+
+def released_step(
+    net: Net, optimizer: torch.optim.Optimizer, x_in: Tensor, y_in: Tensor, candidates: Tensor
+) -> None:
+    """A GReg+ step by the released code's procedure, as a baseline for `bench`.
+
+    scikit-learn's clustering with Python loops over the clusters, two forwards in training mode,
+    and the Jacobian of the mean-reduced scalar.
+    """
+    from sklearn.cluster import KMeans
+
+    n = len(x_in)
+    f, z = embed(net, candidates)
+    s = energy_score(f).tolist()
+    labels = KMeans(n, n_init=3).fit(F.normalize(z).cpu().numpy()).labels_.tolist()
+    chosen = set()
+    for j in range(n):
+        members = sorted((i for i in range(len(s)) if labels[i] == j), key=s.__getitem__)
+        chosen |= {*members[:1], *members[-1:]}
+    rest = torch.randperm(len(s)).tolist()
+    fill = [i for i in rest if i not in chosen][: 2 * n - len(chosen)]
+    x = torch.cat([x_in, candidates[[*chosen, *fill]]])
+
+    def scalar(x: Tensor) -> Tensor:
+        s = energy_score(net(x))
+        return -F.relu(-25 - s[:n]).mean() + F.relu(s[n:] + 7).mean()
+
+    f = net(x)
+    s = energy_score(f)
+    loss = F.cross_entropy(f[:n], y_in) + 0.1 * energy_loss(s[:n], s[n:])
+    J = torch.autograd.functional.jacobian(scalar, x, create_graph=True)
+    loss = loss + J.flatten(1).norm(dim=1).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def interleave(
+    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of every job in every round, after a round to warm up.
+
+    The jobs take turns, so that all of them feel whatever else the machine is doing.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for i in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if i:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: sorted(values) for name, values in seconds.items()}
+
+
+def bench_steps(arch: str, n: int, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Training steps of `arch` with n ID images: the same 3n images, but for candidates 6n."""
+    net = build(arch, 10).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, nesterov=True)
+    g = rng(device, 0)
+    x_in, x_aux, candidates = (
+        torch.randn(m, 3, 32, 32, generator=g, device=device) for m in (n, 2 * n, 6 * n)
+    )
+    y_in = torch.randint(10, (n,), generator=g, device=device)
+
+    def step(x_aux: Tensor, **weights: float) -> None:
+        out = greg_loss(net, x_in, y_in, x_aux, -3.0, -1.0, **weights)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+
+    def sampled() -> None:
+        f, z = embed(net, candidates)
+        step(candidates[energy_sampling(z, energy_score(f), n, g)])
+
+    jobs: dict[str, Callable[[], object]] = {
+        "energy": lambda: step(x_aux, lambda_grad=0.0),
+        "GReg": lambda: step(x_aux),
+        "GReg+": sampled,
+    }
+    with contextlib.suppress(ImportError):
+        import sklearn  # noqa: F401
+
+        jobs["GReg+, released procedure"] = lambda: released_step(
+            net, optimizer, x_in, y_in, candidates
+        )
+    return jobs
+
+
+def bench_kmeans(N: int, d: int, k: int, device: torch.device) -> tuple[dict, dict[str, list]]:
+    """K-Means on N normalised features, ours and scikit-learn's, and the inertias they find."""
+    g = rng(device, N, d)
+    centres = torch.randn(k // 2, d, generator=g, device=device).relu()
+    which = torch.randint(k // 2, (N,), generator=g, device=device)
+    x = F.normalize(centres[which] + torch.randn(N, d, generator=g, device=device).relu())
+    inertia: dict[str, list[float]] = {"K-Means": [], "K-Means, scikit-learn": []}
+    jobs: dict[str, Callable[[], object]] = {
+        "K-Means": lambda: inertia["K-Means"].append(kmeans(x, k, generator=g)[2].item())
+    }
+    with contextlib.suppress(ImportError):
+        from sklearn.cluster import KMeans
+
+        host = x.cpu().numpy()
+        jobs["K-Means, scikit-learn"] = lambda: inertia["K-Means, scikit-learn"].append(
+            float(KMeans(k, n_init=3).fit(host).inertia_)
+        )
+    return jobs, inertia
+
+
+def command_bench(args: argparse.Namespace) -> None:
+    """Medians and spreads of steps and clustering, as ratios within one interleaved run."""
+    device, rows = args.device, []
+
+    def add(what: str, seconds: dict[str, list[float]], base: str, note: str = "") -> None:
+        middle = {name: values[len(values) // 2] for name, values in seconds.items()}
+        for name, values in seconds.items():
+            spread = f"{1e3 * values[0]:.1f}-{1e3 * values[-1]:.1f}"
+            ratio = f"{middle[name] / middle[base]:.2f}"
+            rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio, note])
+
+    for arch in args.archs:
+        seconds = interleave(bench_steps(arch, args.batch, device), args.rounds, device)
+        add(f"{arch}, {args.batch} ID images", seconds, "energy")
+    for N, d, k in (384, 342, 64), (3000, 1024, 64):
+        jobs, inertia = bench_kmeans(N, d, k, device)
+        seconds = interleave(jobs, args.rounds, device)
+        means = [f"{sum(v) / len(v):.2f}" for v in inertia.values() if v]
+        add(f"N = {N}, d = {d}, k = {k}", seconds, "K-Means", f"mean inertia {', '.join(means)}")
+    header = ["what", "job", "median ms", "spread ms", "ratio", "note"]
+    where = (
+        f"{environment()['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(markdown(header, rows) + f"\n{device.type}: {where}; float32, {args.rounds} rounds.")
+    if len(jobs) == 1:
+        print(
+            "scikit-learn is not installed: its baselines are left out (pip install scikit-learn)."
+        )
+
+
 DEMO = {  # small enough for two CPU cores and a few minutes; the paper's protocol is not
     "id": "synthetic",
     "arch": "wrn10_1",
@@ -3155,9 +3510,43 @@ def command_table(args: argparse.Namespace) -> None:
     print(f"{text}\n{path}")
 
 
+def command_certify(args: argparse.Namespace) -> None:
+    net, state = load_run(args.run, args.device)
+    config = Config(**state["config"])
+    test_set = load_id(config.id, args.root, args.download)[1]
+    specs, size = default_ood(config.id, args.ood), test_set.x.shape[1]
+    ood, _ = load_ood(specs, args.root, args.download, size)
+
+    def pixels(images: Images) -> Tensor:
+        return images.x[: args.images].to(args.device).permute(0, 3, 1, 2).float() / 255
+
+    net = nn.Sequential(Normalize(*STATS[config.stats]).to(args.device), net).eval()
+    report = certify_report(
+        net,
+        pixels(test_set),
+        {name: pixels(images) for name, images in ood.items()},
+        args.eps,
+        args.sigma,
+        args.draws,
+        local=args.local,
+    )
+    folder = args.out or args.run
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "certificates.json", report)
+    certify_figure(report, folder / "certificates.png")
+    print(f"{certify_table(report)}\n{folder}: certificates.json, certificates.png")
+
+
 def command_figure(args: argparse.Namespace) -> None:
     out = args.out or Path(f"figure_{args.which}.png")
-    if args.which == "3":
+    if args.which != "1" and not args.folders:
+        raise ValueError(f"figure {args.which} is drawn from run folders: name them")
+    if args.which == "1":
+        rows = figure_1(out)
+        names = list(rows[0.0])
+        lines = [[name, *(f"{row[name]:.3g}" for row in rows.values())] for name in names]
+        print(markdown(["", *(f"λ_∇S = {v:g}" for v in rows)], lines))
+    elif args.which == "3":
         figure_3(args.folders, out)
     else:
         figure_scores(args.folders[0], out)
@@ -3229,9 +3618,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     add_config_arguments(p, without=("method", "arch", "seed", "init"), id="")
     add_data_arguments(p)
+    p = add("certify", command_certify, "attack and certify a run's decisions under perturbations")
+    p.add_argument("run", type=Path, help="folder of a finished run")
+    p.add_argument("--images", type=int, default=200, help="images of each set (default: 200)")
+    p.add_argument("--eps", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5], help="ℓ2 radii")
+    p.add_argument("--sigma", type=float, default=0.25, help="noise of smoothing (default: 0.25)")
+    p.add_argument("--draws", type=int, default=500, help="noise draws an image (default: 500)")
+    p.add_argument("--local", action="store_true", help="local bounds too (networks of few layers)")
+    p.add_argument("--out", type=Path, help="folder of the report (default: the run's)")
+    add_data_arguments(p)
+    p = add("bench", command_bench, "time steps and clustering against the released procedure")
+    p.add_argument("--archs", nargs="+", choices=ARCHS, default=["wrn40_2", "densenet100"])
+    p.add_argument("--batch", type=int, default=32, help="ID images a step (default: 32)")
+    p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
     p = add("figure", command_figure, "draw a figure")
-    p.add_argument("which", choices=["3", "scores"], help="the paper's Figure 3, or histograms")
-    p.add_argument("folders", type=Path, nargs="+", help="run folders")
+    p.add_argument("which", choices=["1", "3", "scores"], help="Figure 1 or 3, or histograms")
+    p.add_argument("folders", type=Path, nargs="*", help="run folders (3, scores)")
     p.add_argument("--out", type=Path, help="PNG file")
     return top
 
@@ -3240,6 +3642,11 @@ def pick_device(name: str) -> torch.device:
     """A usable torch device; "auto" is the GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if "LOCAL_RANK" in os.environ:  # started by torchrun
+        local = int(os.environ["LOCAL_RANK"])
+        name = f"cuda:{local}" if name.startswith("cuda") else name
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     try:
         return torch.zeros(0, device=name).device
     except (RuntimeError, AssertionError) as e:

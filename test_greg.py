@@ -4,16 +4,25 @@ pytest                                   a few minutes on two CPU cores
 HYPOTHESIS_PROFILE=thorough pytest       many more examples
 """
 
+import ast
+import functools
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -732,13 +741,14 @@ def test_poem_has_the_posterior_of_the_normal_equations(seed, n, d, sigma, sigma
 
 
 def test_poem_in_one_dimension_and_the_spread_of_its_draws():
-    mean, factor = greg.poem_posterior(torch.tensor([[4.0]]), torch.tensor([6.0]), 2.0, 0.5)
+    four, six = torch.tensor([[4.0]]).double(), torch.tensor([6.0]).double()
+    mean, factor = greg.poem_posterior(four, six, 2.0, 0.5)
     assert mean.item() == pytest.approx((6 / 0.5) / (4 / 0.5 + 1 / 2))
     draws = torch.stack([greg.poem_draw(mean, factor, generator(i)) for i in range(4000)])
     assert draws.mean().item() == pytest.approx(mean.item(), abs=0.03)
     assert draws.var().item() == pytest.approx(1 / 8.5, rel=0.1)
-    gram = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
-    mean, factor = greg.poem_posterior(gram, torch.zeros(2), 20.0, 0.5)
+    gram = torch.tensor([[2.0, 1.0], [1.0, 3.0]]).double()
+    mean, factor = greg.poem_posterior(gram, torch.zeros(2).double(), 20.0, 0.5)
     draws = torch.stack([greg.poem_draw(mean, factor, generator(i)) for i in range(6000)])
     expected = torch.linalg.inv(gram.double() / 0.5 + torch.eye(2).double() / 20)
     torch.testing.assert_close(draws.T.cov(), expected, rtol=0.15, atol=0.02)
@@ -782,7 +792,9 @@ def test_odin_steps_up_the_predicted_probability_and_is_msp_without_a_step(seed,
 @given(seeds, st.integers(1, 40), st.floats(0, 100))
 def test_percentiles_are_those_of_numpy(seed, n, p):
     v = normal(seed, n)
-    assert greg.percentile(v, p) == pytest.approx(np.percentile(v.numpy(), p), rel=1e-9, abs=1e-12)
+    assert greg.percentile(v, p).item() == pytest.approx(
+        np.percentile(v.numpy(), p), rel=1e-9, abs=1e-12
+    )
 
 
 @given(seeds, st.sampled_from([0.0, 50.0, 90.0]))
@@ -812,8 +824,7 @@ def test_line_has_the_attributions_of_autograd_on_the_true_label(seed, p_a, p_w)
         (g,) = torch.autograd.grad((W @ h + b)[y[i]], h)
         s[y[i]] += (h * g).detach() / 3
     means = torch.stack([z[y == c].mean(0) for c in range(4)])
-    activation, weight = greg.line_masks(means, W, p_a, p_w)
-    ours = greg.line(z, W, b, activation, weight, 0.8)
+    ours = greg.line(z, W, b, greg.line_fit(means, W, p_a, p_w), 0.8)
     for i in range(12):
         h = z[i].clamp(max=0.8)
         c = (W @ h + b).argmax()
@@ -825,13 +836,19 @@ def test_line_has_the_attributions_of_autograd_on_the_true_label(seed, p_a, p_w)
 
 
 @given(seeds)
-def test_masking_weights_by_whole_rows_or_columns_never_raises_the_spectral_norm(seed):
-    """Section 5 of the paper on LINe's activation masks; it is not true of single weights."""
-    z, W, b = head(seed)
-    activation, _ = greg.line_masks(z[:4], W, 40.0, 40.0)
+def test_masking_whole_columns_never_raises_the_spectral_norm(seed):
+    """Section 5 of the paper, on LINe's activation masks."""
+    z, W, _ = head(seed)
+    fit = greg.line_fit(z[:4], W, 40.0, 40.0)
     norm = torch.linalg.matrix_norm(W, 2)
-    for mask in activation:
+    for c in range(4):
+        mask = fit.s[c] > fit.activation[c]
         assert torch.linalg.matrix_norm(W * mask, 2) <= norm + 1e-12
+
+
+def test_masking_single_weights_can_raise_the_spectral_norm():
+    W, mask = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    assert torch.linalg.matrix_norm(W * mask, 2) > 1.1 * torch.linalg.matrix_norm(W, 2)
 
 
 def test_fitting_needs_every_class():
@@ -975,6 +992,1540 @@ def test_a_million_scores_take_no_quadratic_memory():
     s = normal(0, 1_000_000, dtype=torch.float32)
     assert greg.auroc(s, s) == 0.5
     assert greg.fpr_at_tpr(s, s) == pytest.approx(0.95)
+
+
+# ---------------------------------------------------------------------------------- 4  Certificates
+
+# -------------------------------------------------------------------------------- random networks
+
+
+def randn(g, *shape):
+    return torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+def uniform(g, low, high):
+    return low + (high - low) * torch.rand((), generator=g).item()
+
+
+LAYERS = "c s d g 1 b r l R P D m M a n".split()
+
+
+def layer(code, c, g):
+    """A layer of c channels by its letter, and its number of output channels."""
+    conv3 = lambda a, b, **k: nn.Conv2d(a, b, 3, **{"padding": 1} | k)  # noqa: E731
+    if code in "csdg":
+        options = {"c": {}, "s": {"stride": 2}, "d": {"dilation": 2, "padding": 2}, "g": {}}[code]
+        return conv3(c, 4, groups=2 if code == "g" and c % 2 == 0 else 1, **options), 4
+    if code == "R":
+        body = [conv3(c, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), conv3(3, c)]
+        return greg.Residual(nn.Sequential(*body, nn.BatchNorm2d(c)), nn.Identity()), c
+    if code == "P":
+        body = nn.Sequential(conv3(c, 4), nn.LeakyReLU(0.2), nn.Conv2d(4, 4, 1))
+        return greg.Residual(body, nn.Conv2d(c, 4, 1)), 4
+    if code == "D":
+        return greg.Concat(nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), conv3(c, 2))), c + 2
+    if code == "n":
+        mean = tuple(uniform(g, -1, 1) for _ in range(c))
+        return greg.Normalize(mean, tuple(uniform(g, 0.3, 2) for _ in range(c))), c
+    return {
+        "1": (nn.Conv2d(c, 3, 1), 3), "b": (nn.BatchNorm2d(c), c), "r": (nn.ReLU(), c),
+        "l": (nn.LeakyReLU(0.1), c), "m": (nn.MaxPool2d(3, 2, 1), c),
+        "M": (nn.MaxPool2d(2, 1), c), "a": (nn.AvgPool2d(2, 1), c),
+    }[code]  # fmt: skip
+
+
+def randomise(net, g):
+    """Weights of every sign and size, batch norms of negative and zero scale, dead units."""
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.weight.data = randn(g, *m.weight.shape) / m.weight[0].numel() ** 0.5 * 1.5
+            if m.bias is not None:
+                m.bias.data = randn(g, *m.bias.shape) * 0.5
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            m.weight.data, m.bias.data = randn(g, m.num_features), randn(g, m.num_features) * 0.5
+            m.running_mean = randn(g, m.num_features) * 0.3
+            m.running_var = randn(g, m.num_features).square() + 0.1
+            if uniform(g, 0, 1) < 0.3:
+                m.weight.data[0], m.bias.data[0] = 0, -1
+    return net.double().eval()
+
+
+def conv_net(codes, seed, side=5, gap=True):
+    g, c, layers = generator(seed), 2, []
+    for code in codes:
+        if code in "Ma" and side == 1:  # nothing left to pool
+            continue
+        m, c = layer(code, c, g)
+        layers.append(m)
+        side = side - 1 if code in "Ma" else -(-side // 2) if code in "sm" else side
+    pool = [nn.AdaptiveAvgPool2d(1)] if gap else []
+    d = c if gap else c * side**2
+    return randomise(greg.Net(nn.Sequential(*layers, *pool, nn.Flatten()), d, 3), g)
+
+
+def mlp(codes, seed, d=2, K=3):
+    g, layers, c = generator(seed), [], d
+    for code in codes:
+        m = {"L": nn.Linear(c, 5), "B": nn.BatchNorm1d(c), "r": nn.ReLU(), "l": nn.LeakyReLU(0.1)}
+        layers.append(m[code])
+        c = 5 if code == "L" else c
+    return randomise(nn.Sequential(*layers, nn.Linear(c, K)), g)
+
+
+nets = st.one_of(
+    st.builds(
+        lambda codes, seed, gap: (conv_net(codes, seed, gap=gap), (2, 5, 5), seed),
+        st.lists(st.sampled_from(LAYERS), min_size=1, max_size=4),
+        seeds,
+        st.booleans(),
+    ),
+    st.builds(
+        lambda codes, seed: (mlp(codes, seed), (2,), seed),
+        st.lists(st.sampled_from("LLBrl"), min_size=1, max_size=5),
+        seeds,
+    ),
+)
+
+
+def scores(net, x):
+    with torch.no_grad():
+        return greg.energy_score(net(x))
+
+
+def tolerance(*values):
+    return 1e-9 * (1 + max(v.abs().max().item() for v in values))
+
+
+def around(net, x, eps, g, n=40):
+    """Points within eps of x [1,...]: on the sphere, inside it, and where attacks on S go."""
+    u = randn(g, n, *x.shape[1:])
+    u = u / u.flatten(1).norm(dim=1).view(-1, *[1] * (x.dim() - 1))
+    radius = torch.rand(n, generator=g, dtype=torch.float64) ** 0.2
+    inside = x + eps * u * radius.clamp(max=1 - 1e-9).view(-1, *[1] * (x.dim() - 1))
+    attacked = [greg.attack_scores(net, x, eps, v, steps=6, generator=g)[0] for v in (-1, 1)]
+    return torch.cat([x, inside, *attacked])
+
+
+def dense(f, shape):
+    """The matrix of a linear map, column by column."""
+    x = torch.eye(math.prod(shape), dtype=torch.float64).view(-1, *shape)
+    return f(x).flatten(1).T
+
+
+# ----------------------------------------------------------------------------------------- Eq. (4)
+
+
+@given(seeds, st.floats(0, 1e6), st.floats(0, 1e6), st.floats(-1e3, 1e3))
+def test_radius_of_equation_4_is_the_margin_over_l_and_capped(seed, lipschitz, eps, gamma):
+    s = torch.cat([randn(generator(seed), 5) * 100, torch.tensor([gamma], dtype=torch.float64)])
+    r = greg.certified_radius(s, gamma, lipschitz, eps)
+    assert r.shape == s.shape and r.dtype == torch.float64 and r[-1] == 0
+    for value, v in zip(r.tolist(), s.tolist(), strict=True):
+        margin = abs(v - gamma)
+        want = 0 if margin == 0 else min(eps, margin / lipschitz if lipschitz else math.inf)
+        assert value == pytest.approx(want, rel=1e-12)
+    larger = greg.certified_radius(s, gamma, 2 * lipschitz + 1, eps)
+    assert (larger <= r).all() and (r <= greg.certified_radius(s, gamma, lipschitz)).all()
+
+
+@pytest.mark.parametrize(
+    "s, gamma, lipschitz, eps",
+    [
+        ([math.nan], 0.0, 1.0, 1.0),
+        ([1.0], math.nan, 1.0, 1.0),
+        ([1.0], 0.0, math.nan, 1.0),
+        ([1.0], 0.0, -1.0, 1.0),
+        ([1.0], 0.0, 1.0, -1.0),
+        ([1.0], 0.0, 1.0, math.nan),
+        ([1.0, math.inf], 0.0, math.inf, 1.0),
+    ],
+)
+def test_radius_refuses_nan_and_negative_constants(s, gamma, lipschitz, eps):
+    with pytest.raises(ValueError):
+        greg.certified_radius(torch.tensor(s), gamma, lipschitz, eps)
+
+
+# ------------------------------------------------------------------------- norms, layer by layer
+
+
+@given(
+    seeds, st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3),
+    st.integers(1, 3), st.integers(1, 3), st.integers(0, 2), st.integers(1, 2), st.integers(1, 2),
+)  # fmt: skip
+def test_conv_norm_bounds_the_dense_matrix_and_equals_the_circular_one(
+    seed, c_in, c_out, k1, k2, s1, s2, p, d, groups
+):
+    hw, weight = (5, 4), randn(generator(seed), c_out * groups, c_in, k1, k2)
+    if d * (max(k1, k2) - 1) + 1 > 4 + 2 * p:
+        return
+    options = {"stride": (s1, s2), "dilation": d, "groups": groups}
+
+    def zero_padded(x):
+        return torch.nn.functional.conv2d(x, weight, padding=p, **options)
+
+    bound = greg.conv_norm(weight, hw, padding=p, **options)
+    assert torch.linalg.matrix_norm(dense(zero_padded, (c_in * groups, *hw)), 2) <= bound
+
+    def torus(n, k, s):  # the documented size
+        return -(-(s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)) // s) * s
+
+    sizes = torus(hw[0], k1, s1), torus(hw[1], k2, s2)
+
+    def circular(x):
+        x = torch.nn.functional.pad(x, (0, d * (k2 - 1), 0, d * (k1 - 1)), mode="constant")
+        for dim, (n, k) in enumerate(zip(sizes, (k1, k2), strict=True), start=2):
+            extra = d * (k - 1)
+            for i in range(extra):
+                x.select(dim, n + i).copy_(x.select(dim, i % n))
+        return torch.nn.functional.conv2d(x, weight, **options)
+
+    exact = torch.linalg.matrix_norm(dense(circular, (c_in * groups, *sizes)), 2).item()
+    assert bound == pytest.approx(exact, rel=1e-7)
+
+
+def test_the_torus_of_the_image_size_is_no_upper_bound_for_zero_padding():
+    weight = torch.tensor([1.0, -1.0], dtype=torch.float64).view(1, 1, 1, 2)
+    true = torch.linalg.matrix_norm(
+        dense(lambda x: torch.nn.functional.conv2d(x, weight, padding=(0, 1)), (1, 1, 3)), 2
+    )
+    naive = torch.fft.fft(weight.flatten(), n=3).abs().max()
+    assert naive < true - 0.1 and true <= greg.conv_norm(weight, (1, 3), padding=(0, 1))
+    square = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)[None, None]
+    true = torch.linalg.matrix_norm(
+        dense(lambda x: torch.nn.functional.conv2d(x, square, padding=1), (1, 3, 3)), 2
+    )
+    assert torch.fft.fft2(square, s=(3, 3)).abs().max() < true
+    assert true <= greg.conv_norm(square, 3, padding=1)
+
+
+@given(seeds, st.floats(-10, 10), st.integers(1, 2))
+def test_conv_norm_scales_with_the_kernel_and_is_the_largest_of_its_groups(seed, a, stride):
+    w = randn(generator(seed), 4, 2, 3, 3)
+    norm = greg.conv_norm(w, 4, stride, 1)
+    assert greg.conv_norm(a * w, 4, stride, 1) == pytest.approx(abs(a) * norm, rel=1e-7, abs=1e-12)
+    halves = [greg.conv_norm(v, 4, stride, 1) for v in (w[:2], w[2:])]
+    assert greg.conv_norm(w, 4, stride, 1, groups=2) == pytest.approx(max(halves), rel=1e-7)
+    assert norm <= math.hypot(*halves) * (1 + 1e-6)
+
+
+def test_conv_norm_refuses_bad_weights():
+    for w in torch.ones(2, 3, 3), torch.full((1, 1, 3, 3), math.nan), torch.ones(3, 1, 3, 3):
+        with pytest.raises(ValueError):
+            greg.conv_norm(w, 4, groups=2)
+
+
+def rule(layers, shape):
+    """The largest weight after the layers, as a bound on their Lipschitz constant."""
+    net = nn.Sequential(*layers).double().eval()
+    steps = greg._exact(net)
+    w = torch.ones(shape[0], dtype=torch.float64)
+    with torch.no_grad():
+        return greg._propagate(steps, torch.zeros(1, *shape, dtype=torch.float64), w)[1]
+
+
+@pytest.mark.parametrize(
+    "make, exact",
+    [
+        (lambda: [nn.AdaptiveAvgPool2d(1)], True),
+        (lambda: [nn.AvgPool2d(2)], True),
+        (lambda: [nn.AvgPool2d(3, 2, 1)], False),
+        (lambda: [nn.BatchNorm2d(2)], True),
+        (lambda: [greg.Normalize((0.5, 0.4), (0.3, 0.7))], True),
+        (lambda: [nn.Flatten()], True),
+        (lambda: [greg.Residual(nn.Identity(), nn.Identity())], True),
+        (lambda: [greg.Concat(nn.Identity())], True),
+        (lambda: [greg.Residual(nn.Conv2d(2, 2, 3, padding=1), nn.Identity())], False),
+        (lambda: [greg.Residual(nn.Conv2d(2, 3, 1), nn.Conv2d(2, 3, 1))], False),
+        (lambda: [greg.Residual(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1))], False),
+        (lambda: [greg.Concat(nn.Conv2d(2, 3, 3, padding=1))], False),
+        (lambda: [nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3)], False),
+        (lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 4, 3, 2, 1)], False),
+        (lambda: [nn.BatchNorm2d(2), nn.Conv2d(2, 4, 3, padding=1, groups=2)], False),
+        (lambda: [nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 5), nn.BatchNorm1d(5)], False),
+    ],
+)
+def test_each_rule_bounds_the_dense_matrix_and_some_are_exact(make, exact):
+    for seed in range(8):
+        net = randomise(nn.Sequential(*make()), generator(seed))
+        zero = net(torch.zeros(1, 2, 4, 4, dtype=torch.float64))
+        matrix = dense(lambda x, net=net, zero=zero: net(x) - zero, (2, 4, 4)).detach()
+        w = rule(net, (2, 4, 4))
+        # The map over diag(w) is 1-Lipschitz, which is more than that max w bounds its norm.
+        rows = w.repeat_interleave(len(matrix) // len(w)).clamp(min=1e-30)[:, None]
+        norm = torch.linalg.matrix_norm(matrix / rows, 2).item()
+        assert norm <= 1 + 1e-8
+        assert not exact or norm == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel, stride, bound", [(2, 2, 1), (3, 2, 2), (2, 1, 2), (3, 1, 3)])
+def test_the_max_pool_rule_counts_the_windows_that_share_a_pixel(kernel, stride, bound):
+    assert rule([nn.MaxPool2d(kernel, stride)], (1, 6, 6)).item() == pytest.approx(bound)
+    spike = torch.zeros(1, 1, 6, 6)
+    most = 0.0
+    for i in range(36):
+        spike.zero_().view(-1)[i] = 1
+        most = max(most, nn.MaxPool2d(kernel, stride)(spike).norm().item())
+    assert most == pytest.approx(bound)  # attained: one pixel wins them all
+
+
+# ----------------------------------------------------------------------------------------- global
+
+
+@given(nets, st.floats(-6, 3))
+def test_global_constant_bounds_all_differences_and_gradients_of_s(drawn, exponent):
+    net, shape, seed = drawn
+    g = generator(seed + 1)
+    lipschitz = greg.lipschitz_global(net, shape)
+    x = randn(g, 30, *shape).requires_grad_()
+    s = greg.energy_score(net(x))
+    (gradient,) = torch.autograd.grad(s.sum(), x)
+    assert gradient.flatten(1).norm(dim=1).max() <= lipschitz * (1 + 1e-9)
+    y = x.detach() + 10**exponent * randn(g, 30, *shape)
+    t, distance = scores(net, y), (y - x.detach()).flatten(1).norm(dim=1)
+    assert ((t - s).abs() <= lipschitz * distance + tolerance(s, t)).all()
+
+
+@given(seeds, st.integers(1, 4))
+def test_global_constant_of_a_linear_net_is_its_longest_row_and_attained(seed, K):
+    net = randomise(nn.Sequential(nn.Linear(4, K)), generator(seed))
+    rows = net[0].weight.detach().norm(dim=1)
+    lipschitz = greg.lipschitz_global(net, (4,))
+    assert lipschitz == pytest.approx(rows.max().item(), rel=1e-8)
+    best = net[0].weight[rows.argmax()].detach()
+    far = (1e6 * best)[None].requires_grad_()  # there its logit dominates
+    (g,) = torch.autograd.grad(greg.energy_score(net(far)).sum(), far)
+    assert g.norm().item() == pytest.approx(lipschitz, rel=1e-6)
+
+
+@given(nets)
+def test_with_relus_removed_the_exact_constant_is_below_the_bound(drawn):
+    net, shape, _ = drawn
+    lipschitz = greg.lipschitz_global(net, shape)
+    for m in net.modules():
+        for name, child in m.named_children():
+            if type(child) in (nn.ReLU, nn.LeakyReLU):
+                setattr(m, name, nn.Identity().eval())
+    if any(type(m) is nn.MaxPool2d for m in net.modules()):
+        return
+    A = greg.linear_region(net, torch.zeros(1, *shape)).A
+    assert A.norm(dim=1).max() <= lipschitz * (1 + 1e-9) + 1e-12
+
+
+@pytest.mark.parametrize("shape, make", [
+    ((3, 32, 32), lambda: greg.wrn(10, 1, 10)),
+    ((3, 64, 64), lambda: greg.Net(nn.Sequential(
+        nn.Conv2d(3, 6, 7, 2, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        *greg._dense_blocks(6, (2, 2), 3)[0], *greg._pool(12)), 12, 5)),
+])  # fmt: skip
+def test_global_constant_covers_the_blocks_of_section_1(shape, make):
+    net = randomise(make(), generator(0))
+    x = randn(generator(1), 4, *shape).requires_grad_()
+    (g,) = torch.autograd.grad(greg.energy_score(net(x)).sum(), x)
+    assert g.flatten(1).norm(dim=1).max() <= greg.lipschitz_global(net, shape) < math.inf
+
+
+# ---------------------------------------------------------------------------------- linear region
+
+
+def pattern(net, x, tops=None):
+    """What may not change its sign in the linear region, from hooks and the modules' inputs.
+
+    tops: the max-pools' winners so far; found here if the list is empty, else held.
+    """
+    found, handles, tops = [], [], [] if tops is None else tops
+    held = iter(list(tops))
+
+    def hook(m, args, _):
+        v = args[0]
+        if type(m) is nn.MaxPool2d:
+            p = m.padding
+            pad = torch.nn.functional.pad(v, (p, p, p, p), value=-1e300)
+            k, s = m.kernel_size, m.stride
+            w = pad.unfold(2, k, s).unfold(3, k, s).flatten(4)
+            top = next(held, None)
+            if top is None:
+                top = w.argmax(4, keepdim=True)
+                tops.append(top)
+            v = w.gather(4, top) - w
+            v = v.masked_fill(torch.zeros_like(v).scatter(4, top, 1).bool(), 1e300)
+        found.append(v.flatten(1))
+
+    for m in net.modules():
+        if type(m) in (nn.ReLU, nn.LeakyReLU, nn.MaxPool2d):
+            handles.append(m.register_forward_hook(hook))
+    net(x)
+    for h in handles:
+        h.remove()
+    return torch.cat(found, 1) if found else x.new_zeros(len(x), 0)
+
+
+@given(nets)
+def test_region_is_where_f_is_affine_and_its_radius_that_of_an_independent_oracle(drawn):
+    net, shape, seed = drawn
+    g = generator(seed + 2)
+    x = randn(g, 1, *shape)
+    z, A, eps_hat = greg.linear_region(net, x, chunk=7)
+    assert torch.allclose(z, net(x)[0].detach(), rtol=0, atol=tolerance(z))
+    p = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(greg.energy_score(net(p)).sum(), p)
+    assert torch.allclose(-(z.softmax(0) @ A), gradient.flatten(), rtol=0, atol=tolerance(A))
+    tops = []
+    v = pattern(net, x, tops)[0].detach()
+    if not len(v):
+        assert eps_hat == math.inf
+        return
+    J = torch.autograd.functional.jacobian(lambda y: pattern(net, y)[0], x).flatten(1)
+    size = J.norm(dim=1)
+    ratio = torch.where(size > 1e-12, v.abs() / size, math.inf)
+    assert eps_hat == pytest.approx(ratio.min().item(), rel=1e-6)
+    if not 1e-6 < eps_hat < 1e6:
+        return
+    for u in around(net, x, eps_hat * (1 - 1e-6), g) - x:
+        assert torch.allclose(net(x + u)[0], z + A @ u.flatten(), rtol=0, atol=tolerance(z))
+    j = ratio.argmin()
+    out = x - (eps_hat * (1 + 1e-4) * v[j].sign() * J[j] / size[j]).view_as(x)
+    inside = x + (out - x) * (1 - 2e-4)  # some neuron changes its sign just outside, none inside
+    assert (pattern(net, out, tops)[0] * v < 0).any()
+    assert not (pattern(net, inside, tops)[0] * v < 0).any()
+
+
+def test_region_takes_one_input_with_or_without_a_batch_dimension():
+    net = conv_net("crMl", 0)
+    x = randn(generator(1), 2, 5, 5)
+    assert greg.linear_region(net, x).eps_hat == greg.linear_region(net, x[None]).eps_hat
+    with pytest.raises(ValueError):
+        greg.linear_region(net, torch.stack([x, x]))
+
+
+@given(seeds, st.integers(1, 4), st.integers(1, 3), st.floats(-2, 2))
+def test_radii_of_the_affine_map_are_sound_and_the_dual_is_the_exact_id_distance(seed, K, D, shift):
+    g, shift = generator(seed), round(shift, 3)
+    z, A = randn(g, K), randn(g, K, D)
+    s = -torch.logsumexp(z, 0).item()
+    gamma = s + shift
+    radius = greg.id_radius(z, A, gamma) if shift >= 0 else greg.ood_radius(z, A, gamma)
+    u = randn(g, 500, D)
+    u = torch.cat([u, A, -A, (z.softmax(0) @ A)[None], -(z.softmax(0) @ A)[None]])
+    u = u / u.norm(dim=1, keepdim=True).clamp(min=1e-30)
+
+    def worst(r):
+        t = -torch.logsumexp(z + r * u @ A.T, 1)
+        return (t.max() - gamma if shift >= 0 else gamma - t.min()).item()
+
+    assert worst(min(radius, 1e3)) <= 1e-9 * (1 + abs(gamma))
+    m, norm = abs(shift), (z.softmax(0) @ A).norm().item()
+    if shift < 0:
+        assert greg.id_radius(z, A, gamma) == 0
+        assert radius >= m / A.norm(dim=1).max().item() * (1 - 1e-9)
+    elif shift > 0:
+        assert greg.ood_radius(z, A, gamma) == 0
+        assert radius == pytest.approx(m / norm, rel=1e-9)
+        best = greg.id_radius(z, A, gamma, steps=40)
+        assert best >= radius and worst(min(best, 1e3)) <= 1e-9 * (1 + abs(gamma))
+
+
+def test_the_dual_reaches_the_exact_distance_on_a_line():
+    A, z, gamma = torch.tensor([[1.0], [-2.0]]).double(), torch.tensor([2.0, 0.0]).double(), -2.05
+    u = torch.linspace(-5, 5, 2_000_001, dtype=torch.float64)
+    s = -torch.logsumexp(z + u[:, None] * A.T, 1)
+    exact = u[s > gamma].abs().min().item()
+    assert greg.id_radius(z, A, gamma) < 0.99 * exact
+    assert 0.999 * exact < greg.id_radius(z, A, gamma, steps=500) <= exact + 1e-5
+
+
+def test_the_gradient_norm_certifies_no_ood_sample():
+    A, z = torch.tensor([[3.0], [-3.0]]), torch.zeros(2)
+    s, gamma = -math.log(2), -2.0
+    assert (z.softmax(0) @ A).norm() == 0  # so the paper's radius is infinite on the OOD side,
+    t = -torch.logsumexp(z + torch.tensor([[0.7]]) @ A.T, 1).item()
+    assert s > gamma > t  # and S is below γ at u = 0.7 already
+    exact = math.acosh(math.exp(-gamma) / 2) / 3
+    assert 0.4 * exact < greg.ood_radius(z, A, gamma) <= exact
+
+
+@given(seeds, st.integers(2, 4))
+def test_ood_radius_is_the_exact_root_where_all_rows_are_alike(seed, K):
+    g = generator(seed)
+    row, z = randn(g, 1, 3), randn(g, K)
+    m = 1.5
+    radius = greg.ood_radius(z, row.expand(K, 3), -torch.logsumexp(z, 0).item() - m)
+    assert radius == pytest.approx(m / row.norm().item(), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ local
+
+
+@given(seeds, st.floats(0, 2), st.sampled_from(["relu", "leaky", "pool", "pool3"]))
+def test_interval_rules_contain_values_and_vector_jacobian_products(seed, size, kind):
+    g = generator(seed)
+    m = {"relu": nn.ReLU(), "leaky": nn.LeakyReLU(0.3), "pool": nn.MaxPool2d(2)}.get(kind)
+    m = m or nn.MaxPool2d(3, 2, 1)
+    c, r = randn(g, 1, 2, 4, 4).requires_grad_(), (size * randn(g, 1, 2, 4, 4).abs())
+    r.requires_grad_()
+    out_c, out_r = greg._box([m], c, r)
+    v_c, v_r = randn(g, *out_c.shape), randn(g, *out_c.shape).abs() * uniform(g, 0, 1)
+    g_c, g_r = torch.autograd.grad((out_c, out_r), (c, r), (v_c, v_r))
+    reached_low, reached_high = out_c.detach() + 1e9, out_c.detach() - 1e9
+    for i in range(40):
+        t = torch.rand(c.shape, generator=g, dtype=torch.float64) * 2 - 1
+        t = t.sign() if i % 2 else t
+        x = (c + t * r).detach().requires_grad_()
+        y = m(x)
+        assert ((y - out_c).abs() <= out_r + 1e-12).all()
+        w = torch.rand(v_c.shape, generator=g, dtype=torch.float64) * 2 - 1
+        (back,) = torch.autograd.grad(y, x, v_c + (w.sign() if i % 3 else w) * v_r)
+        assert ((back - g_c).abs() <= g_r + 1e-12).all()
+        reached_low, reached_high = reached_low.minimum(y), reached_high.maximum(y)
+    for t in -1, 1:  # monotone layers: the corners attain the bounds
+        y = m(c + t * r)
+        assert torch.allclose(y, out_c + t * out_r, rtol=0, atol=1e-12)
+
+
+def test_the_derivative_interval_of_a_kink_is_attained_at_both_ends():
+    c, r = torch.tensor([[0.0, 2.0, -2.0]]).double(), torch.ones(1, 3).double()
+    c.requires_grad_(), r.requires_grad_()
+    out = greg._box([nn.LeakyReLU(0.25)], c, r)
+    one = torch.ones(1, 3).double()
+    g_c, g_r = torch.autograd.grad(out, (c, r), (one, 0 * one))
+    assert (g_c - g_r).tolist() == [[0.25, 1, 0.25]] and (g_c + g_r).tolist() == [[1, 1, 0.25]]
+
+
+@given(seeds, st.integers(1, 4))
+def test_softmax_bounds_contain_the_box_and_are_attained(seed, K):
+    g = generator(seed)
+    low = randn(g, 1, K) * 3
+    high = low + randn(g, 1, K).abs()
+    a, b = greg._softmax_bounds(low, high)
+    for _ in range(20):
+        z = low + (high - low) * torch.rand(1, K, generator=g, dtype=torch.float64)
+        p = z.softmax(1)
+        assert (a - 1e-12 <= p).all() and (p <= b + 1e-12).all()
+    for i in range(K):
+        corner = high.clone()
+        corner[0, i] = low[0, i]
+        assert corner.softmax(1)[0, i].item() == pytest.approx(a[0, i].item(), abs=1e-12)
+        corner = low.clone()
+        corner[0, i] = high[0, i]
+        assert corner.softmax(1)[0, i].item() == pytest.approx(b[0, i].item(), abs=1e-12)
+
+
+@given(nets, st.floats(-4, 0.5))
+def test_local_constant_bounds_gradients_and_differences_on_the_ball_and_grows(drawn, exponent):
+    net, shape, seed = drawn
+    g, eps = generator(seed + 3), 10**exponent
+    x = randn(g, 1, *shape)
+    lipschitz = greg.lipschitz_local(net, x, eps).item()
+    near = around(net, x, eps, g).requires_grad_()
+    s = greg.energy_score(net(near))
+    (gradient,) = torch.autograd.grad(s.sum(), near)
+    assert gradient.flatten(1).norm(dim=1).max() <= lipschitz * (1 + 1e-9) + 1e-12
+    distance = (near - x).detach().flatten(1).norm(dim=1)
+    assert ((s - s[0]).abs() <= lipschitz * distance + tolerance(s)).all()
+    assert lipschitz <= greg.lipschitz_local(net, x, 2 * eps).item() * (1 + 1e-9)
+    low, high = greg.score_bounds(net, x, eps, greg.lipschitz_global(net, shape))
+    assert (low - tolerance(s) <= s).all() and (s <= high + tolerance(s)).all()
+
+
+@given(nets)
+def test_local_constant_tends_to_the_gradient_norm(drawn):
+    net, shape, seed = drawn
+    x = randn(generator(seed + 4), 1, *shape)
+    if greg.linear_region(net, x).eps_hat < 1e-4:
+        return
+    p = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(greg.energy_score(net(p)).sum(), p)
+    lipschitz = greg.lipschitz_local(net, x, 1e-12).item()
+    assert lipschitz == pytest.approx(gradient.norm().item(), rel=1e-5, abs=1e-9)
+
+
+@given(seeds, st.floats(0.01, 3), st.booleans())
+def test_the_box_of_the_first_layer_is_exact_for_the_ball(seed, eps, normalised):
+    g = generator(seed)
+    head = [greg.Normalize((0.1, 0.2), (0.5, 0.8))] if normalised else []
+    relu_off = nn.Conv2d(2, 3, 3, padding=1)  # one unit at a time is at the edge of switching on
+    net = randomise(
+        nn.Sequential(*head, relu_off, nn.ReLU(), nn.Flatten(), nn.Linear(48, 1)), generator(seed)
+    )
+    x = randn(g, 1, 2, 4, 4)
+    pre = nn.Sequential(*head, net[len(head)])
+    J = torch.autograd.functional.jacobian(lambda y: pre(y)[0].flatten(), x).flatten(1)
+    j = int(uniform(g, 0, 48))
+    for factor in 1 - 1e-6, 1 + 1e-6:  # the unit's upper end just below, just above zero
+        relu = net[len(head)]
+        value = pre(x).flatten()[j].item()
+        with torch.no_grad():
+            relu.bias -= value + eps * factor * J[j].norm().item()
+        net[-1].weight.data.zero_()
+        net[-1].weight.data[0, j] = 1.0
+        lipschitz = greg.lipschitz_local(net, x, eps).item()
+        assert lipschitz == pytest.approx(0 if factor > 1 else J[j].norm().item(), rel=1e-6)
+
+
+def test_local_constants_of_a_batch_are_those_of_its_rows():
+    net, x = conv_net("crDmP", 3), randn(generator(5), 4, 2, 5, 5)
+    eps = torch.tensor([0.0, 0.01, 0.1, 1.0], dtype=torch.float64)
+    together = greg.lipschitz_local(net, x, eps)
+    alone = torch.cat([greg.lipschitz_local(net, x[i : i + 1], eps[i]) for i in range(4)])
+    assert torch.allclose(together, alone, rtol=1e-9)
+    with pytest.raises(ValueError):
+        greg.lipschitz_local(net, x, -1.0)
+
+
+# ----------------------------------------------------------------- all together, and the refusals
+
+
+@given(nets, st.floats(-2, 2))
+def test_certified_radius_is_below_the_attack_distance_and_no_sample_in_it_flips(drawn, shift):
+    net, shape, seed = drawn
+    g = generator(seed + 5)
+    x = randn(g, 3, *shape)
+    gamma = scores(net, x).mean().item() + shift
+    found = greg.certify(net, x, gamma, id_steps=5)
+    s = scores(net, x)
+    assert found.side == ["ID" if v <= gamma else "OOD" for v in s.tolist()]
+    distance = greg.attack_distance(net, x, gamma, 3.0, rounds=2, steps=4, generator=g)
+    for i, (radius, name) in enumerate(zip(found.radius.tolist(), found.bound, strict=True)):
+        assert radius == max(r[i].item() for r in found.radii.values())
+        assert radius == found.radii[name][i] and radius <= distance[i] + 1e-12
+        if 1e-9 < radius < math.inf and abs(s[i] - gamma) > 1e-6:
+            near = scores(net, around(net, x[i : i + 1], radius, g))
+            assert ((near <= gamma) == (s[i] <= gamma)).all()
+
+
+def test_the_local_radius_spends_exactly_the_margin_where_the_constant_is_flat():
+    net = randomise(nn.Sequential(nn.Linear(3, 1)), generator(0))  # K = 1: S is affine
+    x, gamma = randn(generator(1), 4, 3), 0.3
+    exact = (scores(net, x) - gamma).abs() / net[0].weight.norm().item()
+    for name, r in greg.certify(net, x, gamma).radii.items():
+        assert torch.allclose(r, exact, rtol=1e-6), name
+
+
+def test_guaranteed_auroc_is_below_the_attacked_and_that_below_the_clean_one():
+    net, g = mlp("LrL", 4, d=4), generator(6)
+    s_in, x_out = scores(net, randn(g, 60, 4)), 1 + randn(g, 60, 4)
+    s_out = scores(net, x_out)
+    before = greg.auroc(s_in, s_out)
+    for eps in 0.01, 0.1, 0.5:
+        low, _ = greg.score_bounds(net, x_out, eps, greg.lipschitz_global(net, (4,)))
+        near, attacked = greg.attack_scores(net, x_out, eps, -1, generator=g)
+        assert (low <= attacked).all() and (attacked <= s_out).all()
+        assert torch.equal(scores(net, near), attacked)
+        found = greg.auroc(s_in, low), greg.auroc(s_in, attacked), greg.auroc(s_in, s_out)
+        assert found[0] <= found[1] <= found[2] and found[1] <= before
+        rates = [greg.fpr_at_tpr(s_in, v) for v in (low, attacked, s_out)]
+        assert rates[0] >= rates[1] >= rates[2]
+        before = found[1] + 0.05
+
+
+def test_a_float32_network_gets_the_certificates_of_its_float64_copy():
+    net = conv_net("cbrRm", 7).float()
+    x = randn(generator(8), 3, 2, 5, 5).float()
+    gamma = scores(net, x).mean().item()
+    a, b = greg.certify(net, x, gamma), greg.certify(net.double(), x.double(), gamma)
+    assert torch.allclose(a.radius, b.radius, rtol=1e-9) and a.radius.dtype == torch.float64
+    assert next(net.parameters()).dtype == torch.float64 and not net.training
+    a = greg.attack(net.float(), x, gamma, 1.0, generator=generator(1))
+    t = scores(net.double(), a.x.double())
+    assert ((t > gamma) == (scores(net, x.double()) > gamma))[~a.flipped].all()
+    assert torch.allclose(t, a.s.double(), atol=1e-4)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+REFUSED = {
+    "gelu": nn.GELU(), "sigmoid": nn.Sigmoid(), "softmax": nn.Softmax(1), "subclass": Doubled(2, 2),
+    "slope": nn.LeakyReLU(2.0), "circular": nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"),
+    "same": nn.Conv2d(2, 2, 3, padding="same"), "batch statistics": nn.BatchNorm2d(
+        2, track_running_stats=False), "group norm": nn.GroupNorm(1, 2),
+    "dilated pool": nn.MaxPool2d(2, 1, dilation=2), "ceil": nn.AvgPool2d(2, ceil_mode=True),
+    "border": nn.AvgPool2d(2, padding=1, count_include_pad=False), "grid": nn.AdaptiveAvgPool2d(2),
+    "end": nn.Flatten(2), "negative slope": nn.LeakyReLU(-0.1),
+    "ceil max": nn.MaxPool2d(2, ceil_mode=True), "divisor": nn.AvgPool2d(2, divisor_override=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("deep", [False, True])
+def test_what_has_no_rule_is_refused(name, deep):
+    m = REFUSED[name]
+    net = nn.Sequential(greg.Residual(nn.Sequential(m), nn.Identity()) if deep else m).eval()
+    x = torch.zeros(1, 2, 4, 4)
+    for certificate in (
+        lambda: greg.lipschitz_global(net, (2, 4, 4)),
+        lambda: greg.linear_region(net, x),
+        lambda: greg.lipschitz_local(net, x, 0.1),
+        lambda: greg.certify(net, x, 0.0, lipschitz=1.0),
+    ):
+        with pytest.raises(NotImplementedError):
+            certificate()
+
+
+def test_training_mode_hooks_and_broken_weights_are_refused():
+    x = torch.zeros(1, 2, 5, 5)
+    for certificate in (
+        lambda net: greg.lipschitz_global(net, (2, 5, 5)),
+        lambda net: greg.linear_region(net, x),
+        lambda net: greg.lipschitz_local(net, x, 0.1),
+        lambda net: greg.certify(net, x, 0.0),
+    ):
+        net = conv_net("cbr", 0)
+        net.features[1].train()
+        with pytest.raises(ValueError, match="eval"):
+            certificate(net)
+        net.eval().features[0].weight.data[0] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            certificate(net)
+        net = conv_net("cbr", 0)
+        net.features[2].register_forward_hook(lambda m, args, out: 2 * out)
+        with pytest.raises(NotImplementedError):
+            certificate(net)
+    net = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.Linear(5, 5)).eval()
+    for certificate in (
+        lambda: greg.lipschitz_global(net, (2, 5, 5)),
+        lambda: greg.linear_region(net, x),
+        lambda: greg.lipschitz_local(net, x, 0.1),
+    ):
+        with pytest.raises((ValueError, NotImplementedError)):
+            certificate()
+
+
+# -------------------------------------------------------------------------------------- smoothing
+
+
+@given(st.integers(1, 40), st.floats(0.001, 0.3), st.floats(0.01, 0.99))
+def test_clopper_pearson_covers_by_enumeration_of_all_counts(n, alpha, p):
+    k = torch.arange(n + 1)
+    low = greg._binomial_lower(k, n, alpha)
+    assert low[0] == 0 and (low.diff() > 0).all() and (low <= k / n).all()
+    chance = [math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(n + 1)]
+    assert (
+        sum(c for c, bound in zip(chance, low.tolist(), strict=True) if bound > p) <= alpha + 1e-9
+    )
+    assert low[-1].item() == pytest.approx(alpha ** (1 / n), rel=1e-9)
+    for i in range(1, n + 1):  # the bound is where the tail is alpha
+        q = low[i].item()
+        tail = sum(math.comb(n, j) * q**j * (1 - q) ** (n - j) for j in range(i, n + 1))
+        assert tail == pytest.approx(alpha, rel=1e-6)
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.3), st.floats(0.02, 0.98))
+def test_a_smoothed_radius_is_too_large_with_probability_at_most_alpha(n, alpha, p):
+    s = torch.ones(n + 1, n)
+    for k in range(n + 1):
+        s[k, :k] = -1
+    signed = greg.smoothed_radius(s, 0.0, 1.0, alpha)
+    true = -torch.special.ndtri(torch.tensor(p, dtype=torch.float64)).item()  # ID iff p > 1/2
+    chance = [math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(n + 1)]
+    wrong = [r < min(true, 0) - 1e-9 or r > max(true, 0) + 1e-9 for r in signed.tolist()]
+    assert sum(c for c, w in zip(chance, wrong, strict=True) if w) <= alpha + 1e-9
+    assert (signed.diff() <= 0).all() and torch.allclose(signed, -signed.flip(0))
+    assert torch.allclose(greg.smoothed_radius(s, 0.0, 2.0, alpha), 2 * signed)
+
+
+def test_smoothing_of_a_linear_score_finds_its_margin():
+    def score(x):
+        return x @ torch.tensor([3.0, -4.0]).to(x)
+
+    x, sigma = torch.tensor([[0.02, 0.0], [-0.03, 0.01], [0.0, 0.0], [5.0, 0.0]]), 0.1
+    r = greg.smoothing_radius(score, x, 0.0, sigma, 20000, 0.001, generator(0))
+    exact = score(x) / 5
+    assert (r[:2].abs() <= exact[:2].abs()).all() and (r[:2].sign() == exact[:2].sign()).all()
+    assert torch.allclose(r[:2].float(), exact[:2], atol=0.006)
+    assert r[2] == 0 and 0.3 < r[3] < 0.5  # capped by n: every draw agreed
+    s = greg.noisy_scores(score, x, sigma, 100, generator(1), chunk=9)
+    assert s.shape == (4, 100)
+    for bad in 0.0, 1.0:
+        with pytest.raises(ValueError):
+            greg.smoothed_radius(s, 0.0, sigma, bad)
+    with pytest.raises(ValueError):
+        greg.smoothed_radius(s * math.nan, 0.0, sigma)
+
+
+# ---------------------------------------------------------------------------------------- attacks
+
+
+@given(nets, st.sampled_from(["l2", "linf"]), st.floats(0.01, 1), st.booleans())
+def test_attacks_return_only_verified_flips_within_the_ball(drawn, norm, eps, clamp):
+    net, shape, seed = drawn
+    net = net.float()
+    g = generator(seed + 6)
+    x = torch.rand(4, *shape, generator=g)
+    s = scores(net, x)
+    gamma = s.mean().item()
+    clamp = (0.0, 1.0) if clamp else None
+    found = greg.attack(net, x, gamma, eps, norm, steps=4, clamp=clamp, generator=g)
+    again, distance = scores(net, found.x), (found.x - x).flatten(1).double()
+    distance = distance.norm(dim=1) if norm == "l2" else distance.abs().amax(1)
+    assert torch.equal(found.s, again) and (distance <= eps).all()
+    assert torch.equal(found.flipped, (again > gamma) != (s > gamma))
+    assert torch.equal(found.distance, torch.where(found.flipped, distance, math.inf))
+    assert clamp is None or (found.x.min() >= 0 and found.x.max() <= 1)
+    assert (torch.where(s > gamma, s - again, again - s) >= 0).all()
+    smallest = greg.attack_distance(net, x, gamma, eps, 3, norm, steps=4, generator=generator(seed))
+    assert ((smallest <= eps) | smallest.isinf()).all()
+
+
+def test_attack_distance_of_an_affine_score_is_its_margin_in_both_norms():
+    net = randomise(nn.Sequential(nn.Linear(3, 1)), generator(0))
+    x, gamma = randn(generator(1), 5, 3), 0.3
+    w, margin = net[0].weight.detach(), (scores(net, x) - 0.3).abs()
+    for norm, dual in ("l2", w.norm()), ("linf", w.abs().sum()):
+        exact = margin / dual
+        found = greg.attack_distance(net, x, gamma, 20.0, 20, norm, generator=generator(2))
+        assert (found >= exact * (1 - 1e-9)).all() and torch.allclose(found, exact, rtol=0.01)
+        assert greg.attack_distance(net, x, gamma, exact.min().item() / 2, norm=norm).isinf().all()
+    for norm, dual in ("l2", w.norm()), ("linf", w.abs().sum()):  # no strength lost to rounding
+        y, t = x.float(), scores(net.float(), x.float())
+        worst = greg.attack_scores(net, y, 0.01, 1, norm, steps=5)[1]
+        assert (worst - t >= 0.995 * 0.01 * dual).all()
+    for bad in {"norm": "l1"}, {"steps": 0}, {"restarts": 0}:
+        with pytest.raises(ValueError):
+            greg.attack(net, y, gamma, 1.0, **bad)
+
+
+def test_the_report_orders_clean_attacked_and_certified_metrics(tmp_path):
+    net, g = mlp("LrL", 4, d=4), generator(0)
+    sets = {"near": 0.5 + randn(g, 40, 4), "far": 3 + randn(g, 40, 4)}
+    report = greg.certify_report(net, randn(g, 40, 4), sets, (0.05, 0.3), 0.2, 100, clamp=None)
+    for results in report["sets"].values():
+        rows = results["rows"]
+        clean = rows[0.0]["attacked"]
+        for eps in 0.05, 0.3:
+            attacked, certified = rows[eps]["attacked"], rows[eps]["certified"]
+            assert clean["fpr95"] <= attacked["fpr95"] <= certified["fpr95"]
+            assert clean["auroc"] >= attacked["auroc"] >= certified["auroc"]
+        assert rows[0.05]["smoothed"]["fpr95"] <= rows[0.3]["smoothed"]["fpr95"]
+    assert report["id_rejected"][0.05] <= report["id_rejected"][0.3] + 0.05
+    text = greg.certify_table(report)
+    assert "| near | 0.05 |" in text and "nan" not in text
+    greg.certify_figure(report, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_figure_1_draws_both_nets_and_no_attack_is_inside_a_certified_ball(tmp_path):
+    results = greg.figure_1(tmp_path / "figure_1.png", steps=60, points=5)
+    assert len(results) == 2 and (tmp_path / "figure_1.png").stat().st_size > 5000
+    for row in results.values():
+        ratios = [
+            v for k, v in row.items() if k.split()[-1] in ("global", "local", "region", "best")
+        ]
+        assert len(ratios) == 8 and all(v >= 1 or math.isnan(v) for v in ratios)
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def toy_head(K, d, seed=0):
+    """A network of features and fc alone: x [N,3,2,2] -> h = relu(A x), in float64."""
+    net = greg.Net(nn.Sequential(nn.Flatten(), nn.Linear(12, d), nn.ReLU()), d, K).double()
+    with torch.no_grad():
+        for i, p in enumerate(net.parameters()):
+            p.copy_(noise(*p.shape, seed=seed + i))
+    return net.eval()
+
+
+def fitted(K=4, d=6, seed=0, n=60, **hyper):
+    net = toy_head(K, d, seed)
+    z = net.features(noise(n, 3, 2, 2, seed=seed + 50)).detach()
+    y = torch.arange(n) % K
+    return net, z, y, greg.fit_scores(net, z, y, greg.PostHoc(**hyper))
+
+
+def row_score(name, net, x, fit=None):
+    z = net.features(x).detach()
+    return greg.SCORES[name](net, x, net.fc(z).detach(), z, fit).detach()
+
+
+class FakeTrainer:
+    """A trainer's part that pools see: features that are given, logits equal to them."""
+
+    def __init__(self, z_in, z_aux):
+        self.train_set, self.aux_set, self.memory = z_in, z_aux, {}
+        self.net = SimpleNamespace(fc=nn.Linear(z_in.shape[1], 2))
+
+    def embed_images(self, images, i=None):
+        z = images if i is None else images[i]
+        return z, z
+
+
+@pytest.mark.parametrize("score", ["msp", "absent", "energy_score"])
+def test_scores_of_half_precision_logits_are_computed_in_float32(score):
+    f = (5 * noise(50, 10)).bfloat16()
+    s = getattr(greg, score)(f)
+    assert s.dtype == torch.float32
+    assert torch.equal(s, getattr(greg, score)(f.float()))
+
+
+def test_odin_moves_pixels_without_gradient_down_by_a_full_step():
+    seen = []
+
+    class Blind(nn.Module):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return x[:, 0, 0, :1] * torch.tensor([1.0, -1.0])
+
+    x = torch.ones(1, 3, 2, 2)
+    greg.odin(Blind(), x, T=1.0, eps=0.1, std=(0.1, 0.2, 0.4))
+    step = seen[1] - x
+    assert step[0, 0, 0, 0] == pytest.approx(1.0)  # the pixel that counts goes up
+    assert step[0, 1].eq(-0.5).all() and step[0, 2].eq(-0.25).all()  # sign(0) = +1
+
+
+def test_odin_leaves_no_trace_in_network_or_images():
+    net, x = toy_head(4, 6), noise(5, 3, 2, 2)
+    before = x.clone()
+    with torch.no_grad():
+        s = greg.odin(net, x)
+    assert all(p.grad is None for p in net.parameters())
+    assert torch.equal(x, before) and not x.requires_grad and not s.requires_grad
+
+
+@given(seeds, st.integers(1, 7))
+@settings(max_examples=10)
+def test_no_score_depends_on_how_images_are_batched(seed, split):
+    net, _, _, fit = fitted(seed=seed)
+    x = noise(8, 3, 2, 2, seed=seed + 9)
+    for name in greg.SCORES:
+        s = row_score(name, net, x, fit)
+        parts = [row_score(name, net, part, fit) for part in x.split(split)]
+        assert s.shape == (8,) and s.isfinite().all()
+        assert torch.allclose(s, torch.cat(parts), rtol=1e-9, atol=1e-12), name
+
+
+def test_low_means_id_for_every_score():
+    """A head that is sure of large features: scaling the features down raises every score."""
+    net, z, y, _ = fitted(K=4, d=6)
+    with torch.no_grad():
+        net.features = nn.Flatten()
+        net.fc = nn.Linear(6, 4).double()
+        net.fc.weight.copy_(torch.tensor(np.eye(4, 6)))
+        net.fc.bias.zero_()
+    x_in = 5 * torch.tensor(np.eye(4, 6))[torch.arange(40) % 4] + 0.1
+    hyper = greg.PostHoc(T=10.0, react_p=100.0, dice_p=50.0, line_w=50.0, line_clip=10.0)
+    fit = greg.fit_scores(net, x_in, torch.arange(40) % 4, hyper)
+    for name in greg.POST_HOC_ROWS:
+        assert (row_score(name, net, x_in, fit) < row_score(name, net, 0.1 * x_in, fit)).all(), name
+
+
+def test_fitting_refuses_features_that_are_not_finite():
+    net, z, y, _ = fitted()
+    z[3, 2] = math.nan
+    with pytest.raises(ValueError, match="finite"):
+        greg.fit_scores(net, z, y, greg.PostHoc())
+
+
+def test_an_absent_class_does_not_change_the_post_hoc_scores_of_the_others():
+    net, z, y, fit = fitted(K=4)
+    more = greg.Net(net.features, 6, 5).double()
+    with torch.no_grad():
+        more.fc.weight[:4], more.fc.bias[:4] = net.fc.weight, net.fc.bias
+    fit_more = greg.fit_scores(more, z, y, greg.PostHoc(), K=4)
+    x = noise(8, 3, 2, 2, seed=9)
+    for name in "react", "dice", "dice+react", "line":
+        assert torch.allclose(row_score(name, more, x, fit_more), row_score(name, net, x, fit))
+
+
+def test_hyper_parameters_go_by_data_and_network_and_else_by_class_count():
+    assert greg.post_hoc("cifar10", "densenet100", 10).eps == 0.0014
+    assert greg.post_hoc("cifar10", "wrn40_2", 10).eps == 0.0006
+    assert greg.post_hoc("cifar100", "densenet100", 100).line_a == 10
+    assert greg.post_hoc("mine.npz", "densenet100", 100) == greg.POST_HOC["cifar100"]
+    assert greg.post_hoc("mine.npz", "wrn40_2", 7) == greg.POST_HOC["cifar10", "wrn40_2"]
+    assert greg.post_hoc("imagenet", "densenet121", 10).line_clip == 0.8
+
+
+@given(seeds, st.floats(0, 99))
+def test_pruning_weights_never_raises_the_bound_from_absolute_values(seed, p):
+    """‖W ⊙ M‖₂ <= ‖|W|‖₂ and ‖W ⊙ M‖_F <= ‖W‖_F for every mask, DICE's among them."""
+    W, m = noise(5, 8, seed=seed), noise(8, seed=seed + 1).abs()
+    masked = W * greg.dice_mask(m, W, p)
+    for weights, kind in ((W.abs(), 2), (W, "fro")):
+        norm = torch.linalg.matrix_norm(weights, kind)
+        assert torch.linalg.matrix_norm(masked, kind) <= norm * (1 + 1e-12)
+
+
+def test_openmix_mixes_equal_indices_by_a_beta_10_10_share():
+    from scipy.stats import beta, kstest
+
+    x_in, x_aux, g = noise(3, 4), noise(3, 4, seed=1), generator(0)
+    shares = []
+    for _ in range(2000):
+        x, context = greg.mix(None, x_in, x_aux, g)
+        shares.append(context["lam"].item())
+        assert torch.allclose(x, x_aux + shares[-1] * (x_in - x_aux))
+    assert kstest(shares, beta(10, 10).cdf).pvalue > 0.01
+
+
+def test_balanced_energy_is_finite_where_all_outliers_are_of_a_class_of_prior_zero():
+    f = torch.zeros(4, 3)
+    f[:, 1] = 200
+    f.requires_grad_()
+    loss = greg.balanced_energy_loss(torch.zeros(4, 3), f, None, torch.tensor([1.0, 0.0, 0.0]))
+    (g,) = torch.autograd.grad(loss, f)
+    assert loss.isfinite() and g.isfinite().all()
+
+
+def test_poem_refuses_sums_in_single_precision():
+    with pytest.raises(ValueError, match="float64"):
+        greg.poem_posterior(torch.eye(3), torch.zeros(3))
+
+
+@given(seeds, st.integers(5, 40), st.integers(1, 60))
+@settings(max_examples=15)
+def test_poem_pools_are_the_nearest_to_a_boundary_from_the_normal_equations(seed, N, n):
+    trainer = FakeTrainer(noise(20, 3, seed=seed), noise(N, 3, seed=seed + 1))
+    used = []
+
+    def draw(mean, factor, generator):
+        used.append((mean, factor))
+        return mean + 1.0
+
+    past = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greg, "poem_draw", draw)
+        for epoch in range(6):
+            order = torch.randperm(N, generator=generator(seed + epoch))
+            chosen = greg.poem_pool(trainer, order, n, generator(seed))
+            z_in = trainer.train_set.repeat(min(epoch, 4), 1)
+            z = torch.cat([z_in, *(trainer.aux_set[i] for i in past)])
+            y = torch.full((len(z),), 3.0, dtype=z.dtype)
+            y[: len(z_in)] = -3
+            A = z.mT @ z / 0.5 + torch.eye(3, dtype=z.dtype) / 20
+            beta = torch.linalg.solve(A, z.mT @ y / 0.5)
+            assert torch.allclose(used[-1][0], beta, rtol=1e-6, atol=1e-9)
+            distance = (trainer.aux_set @ (beta + 1.0)).abs()
+            assert set(chosen.tolist()) == set(distance.argsort()[:n].tolist())
+            past = [*past, chosen][-4:]
+
+
+def test_poem_bears_features_of_low_rank():
+    g = generator(0)
+    z_in = torch.rand(20_000, 10, generator=g) @ torch.rand(10, 128, generator=g)
+    trainer = FakeTrainer(z_in, z_in[:500] + 0.01)
+    for _ in range(3):
+        assert len(greg.poem_pool(trainer, torch.randperm(500, generator=g), 200, g)) == 200
+
+
+@pytest.mark.parametrize("pool", ["ntom_pool", "poem_pool"])
+def test_an_epochs_outliers_come_in_random_order_not_sorted_by_score(pool):
+    trainer = FakeTrainer(noise(40, 3), noise(400, 3, seed=1))
+    order = torch.randperm(400, generator=generator(2))
+    chosen = getattr(greg, pool)(trainer, order, 90, generator(0))
+    s = greg.absent(trainer.aux_set[chosen]) if pool == "ntom_pool" else chosen.double()
+    rank = s.argsort().argsort().double()
+    assert abs(torch.corrcoef(torch.stack([rank, torch.arange(90.0).double()]))[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("pool", ["ntom_pool", "poem_pool"])
+def test_a_small_auxiliary_set_gives_a_smaller_pool(pool):
+    trainer = FakeTrainer(noise(40, 3), noise(30, 3, seed=1))
+    chosen = getattr(greg, pool)(
+        trainer, torch.randperm(30, generator=generator(2)), 1000, generator(0)
+    )
+    assert 0 < len(chosen) <= 30 and len(set(chosen.tolist())) == len(chosen)
+
+
+def test_balanced_energy_takes_its_authors_settings_and_the_startings_networks_prior():
+    for K, alpha, gamma in (10, 10.0, 0.05), (100, 100.0, 0.005):
+        trainer = FakeTrainer(noise(5, K), noise(200, K, seed=1))
+        trainer.net = SimpleNamespace(fc=nn.Linear(3, K))
+        trainer.config = SimpleNamespace(m_in=-25.0, m_aux=-7.0)
+        _, context = greg.balance(trainer, None, trainer.aux_set, generator(0))
+        assert (context["alpha"], context["gamma"]) == pytest.approx((alpha, gamma))
+        counts = np.bincount(trainer.aux_set.argmax(1).numpy(), minlength=K)
+        assert context["prior"].tolist() == pytest.approx((counts / 200).tolist())
+
+
+# ---------------------------------------------------------------------------------------- 7  Data
+
+# ------------------------------------------------------------------------------------ augmentation
+
+
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(5, 9), st.integers(5, 9))
+def test_every_augmented_image_is_a_crop_of_the_padded_image_or_its_mirror(seed, n, h, w):
+    x, pad = pixels(seed, n, h, w, 3), 4
+    out = greg.augment(x, generator(seed + 1), pad)
+    padded = np.zeros((n, h + 2 * pad, w + 2 * pad, 3), np.uint8)
+    padded[:, pad : pad + h, pad : pad + w] = x.numpy()
+    for i in range(n):
+        crops = [
+            padded[i, a : a + h, b : b + w] for a in range(2 * pad + 1) for b in range(2 * pad + 1)
+        ]
+        assert any(
+            np.array_equal(out[i].numpy(), c) or np.array_equal(out[i].numpy(), c[:, ::-1])
+            for c in crops
+        )
+
+
+def test_all_81_offsets_occur_equally_often_and_half_of_the_images_are_flipped():
+    n, marks = 20000, torch.arange(1, 257, dtype=torch.int32)[:256].sub(1).byte().view(1, 16, 16, 1)
+    out = greg.augment(marks.expand(n, 16, 16, 3), generator(0), pad=4)[:, :, :, 0].int()
+    middle = out[:, 8, 8]  # the pixel at row 8, column 8 of the crop comes from inside the image
+    flipped = out[:, 8, 9] < middle
+    assert abs(flipped.float().mean() - 0.5) < 4 * 0.5 / n**0.5
+    # crop column 8 shows image column 8 + dx - 4, or 7 + dx - 4 from the mirrored crop
+    dy, dx = middle // 16 - 4, middle % 16 - torch.where(flipped, 3, 4)
+    counts = torch.bincount(dy * 9 + dx, minlength=81)
+    assert len(counts) == 81
+    expected = n / 81
+    assert ((counts - expected).square() / expected).sum() < 80 + 5 * (2 * 80) ** 0.5  # χ², 5 σ
+
+
+@given(st.integers(0, 2**32))
+def test_augmentation_is_a_function_of_its_generator_and_no_two_images_need_agree(seed):
+    x = pixels(seed, 1, 32, 32, 3).expand(64, -1, -1, -1)
+    a, b = (greg.augment(x, generator(seed)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert len(a.flatten(1).unique(dim=0)) > 16
+    assert not torch.equal(a, greg.augment(x, generator(seed + 1)))
+
+
+@given(st.integers(0, 2**32))
+def test_normalise_agrees_with_numpy_in_float64(seed):
+    x = pixels(seed, 5, 6, 7, 3)
+    a = x.numpy() / 255.0
+    mean, std = (tuple(f((0, 1, 2)).tolist()) for f in (a.mean, a.std))
+    z = greg.normalise(x, mean, std)
+    want = ((a - a.mean((0, 1, 2))) / a.std((0, 1, 2))).transpose(0, 3, 1, 2)
+    assert z.is_contiguous() and z.dtype == torch.float32
+    np.testing.assert_allclose(z.numpy(), want, atol=1e-5)
+    unit = torch.from_numpy(a).float().permute(0, 3, 1, 2)
+    torch.testing.assert_close(greg.Normalize(mean, std)(unit), z, atol=1e-5, rtol=1e-5)
+
+
+@given(st.integers(0, 2**32))
+def test_a_batch_is_the_rows_it_was_asked_for_augmented_only_with_a_generator(seed):
+    x, index = pixels(seed, 9, 8, 8, 3), torch.tensor([7, 2, 2])
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+    assert torch.equal(greg.batch(x, index, mean, std), greg.normalise(x[index], mean, std))
+    augmented = greg.normalise(greg.augment(x[index], generator(seed)), mean, std)
+    assert torch.equal(greg.batch(x, index, mean, std, generator=generator(seed)), augmented)
+
+
+# --------------------------------------------------------------------------------------- synthetic
+
+
+@given(st.sampled_from(list(greg.SYNTHETIC)), st.integers(1, 40), st.integers(0, 10**6))
+def test_the_synthetic_benchmark_is_a_function_of_split_size_and_seed(split, n, seed):
+    a, b = (greg.synthetic(split, n, seed) for _ in range(2))
+    assert a.x.shape == (n, 32, 32, 3) and a.x.dtype == torch.uint8
+    assert torch.equal(a.x, b.x) and not torch.equal(a.x, greg.synthetic(split, n, seed + 1).x)
+    assert (a.y is not None) == (split in ("train", "test"))
+    assert a.y is None or torch.equal(a.y, b.y)
+
+
+def test_synthetic_classes_are_balanced_and_no_image_is_in_two_splits():
+    train = greg.synthetic("train", 503)
+    assert set(torch.bincount(train.y, minlength=10).tolist()) == {50, 51}
+    images = torch.cat([greg.synthetic(split, 200).x for split in greg.SYNTHETIC]).flatten(1)
+    assert len(images.unique(dim=0)) == len(images)
+
+
+def test_synthetic_families_of_id_auxiliary_and_ood_sets_are_disjoint():
+    families = [set(greg.SYNTHETIC[s][0]) for s in ("train", "aux", *greg._OOD)]
+    assert len(set().union(*families)) == sum(map(len, families)) == 10 + 6 + 6
+    assert greg.SYNTHETIC["test"][0] == greg.SYNTHETIC["train"][0]
+
+
+def test_synthetic_outlines_are_the_edge_of_the_filled_shape_without_its_middle():
+    t = torch.linspace(-1, 1, 101)
+    u, v = t.expand(1, 101, 101), t[:, None].expand(1, 101, 101)
+    for shape in greg._SHAPES:
+        fill, edge = (greg._distance(name, u, v, None) < 0 for name in (shape, "outlined " + shape))
+        assert fill[0, 50, 50] and not edge[0, 50, 50]
+        assert (fill | ~edge).all() and 0.25 * fill.sum() < edge.sum() < 0.95 * fill.sum()
+
+
+@pytest.mark.parametrize("split,n", [("nothing", 3), ("train", 0)])
+def test_synthetic_refuses_unknown_splits_and_no_images(split, n):
+    with pytest.raises(ValueError):
+        greg.synthetic(split, n)
+
+
+def test_synthetic_is_loaded_by_name_with_its_six_families_as_ood_sets():
+    train, test = greg.load_id("synthetic")
+    assert len(train.x) > len(test.x) and greg.load_aux("synthetic").y is None
+    sets, left_out = greg.load_ood(["synthetic"])
+    assert list(sets) == list(greg._OOD) and left_out == []
+    _, left_out = greg.load_ood(["rays", "cells"])
+    assert left_out == ["crescents", "spirals", "strokes", "shards"]
+
+
+# ------------------------------------------------------------------------------ arrays and folders
+
+
+def save_id(path, **changes):
+    arrays = {
+        "x_train": pixels(0, 6, 8, 8, 3).numpy(),
+        "y_train": np.array([0, 1, 2, 0, 1, 2]),
+        "x_test": pixels(1, 3, 8, 8, 3).numpy(),
+        "y_test": np.array([2, 0, 1], np.uint8),
+    }
+    arrays |= changes
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return arrays
+
+
+def test_id_arrays_come_back_as_they_were_saved(tmp_path):
+    arrays = save_id(tmp_path / "mine.npz")
+    for part, split in zip(
+        ("train", "test"), greg.load_id(str(tmp_path / "mine.npz")), strict=True
+    ):
+        np.testing.assert_array_equal(split.x, arrays["x_" + part])
+        np.testing.assert_array_equal(split.y, arrays["y_" + part])
+        assert split.name == "mine" and split.y.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        ({"x_train": np.zeros((6, 8, 8, 3), np.float32)}, "x_train must be uint8"),
+        ({"x_train": np.zeros((6, 3, 8, 8), np.uint8)}, "x_train must be uint8"),
+        ({"x_train": np.zeros((0, 8, 8, 3), np.uint8)}, "x_train must be uint8"),
+        ({"x_test": np.zeros((3, 9, 8, 3), np.uint8)}, "differ"),
+        ({"y_train": np.arange(5)}, "6 integer labels"),
+        ({"y_train": np.zeros(6, np.float32)}, "6 integer labels"),
+        ({"y_train": np.array([-1, 0, 1, 2, 0, 1])}, "must be in 0..2"),
+        ({"y_train": np.array([1, 2, 3, 1, 2, 3])}, "no image of class"),
+        ({"y_test": np.array([0, 1, 3])}, "must be in 0..2, got 0..3"),
+        ({"y_test": None}, "y_test"),
+        ({"y_train": np.array([0, 1, 2, 0, 1, None])}, "cannot|can be read"),
+    ],
+)
+def test_malformed_id_arrays_are_refused_and_the_array_named(tmp_path, changes, words):
+    save_id(tmp_path / "bad.npz", **changes)
+    with pytest.raises(ValueError, match=words) as error:
+        greg.load_id(str(tmp_path / "bad.npz"))
+    assert "bad.npz" in str(error.value)
+
+
+@given(st.floats(0, 0.999), st.sampled_from([".npy", ".npz"]))
+def test_a_truncated_array_file_is_refused_and_named(tmp_path_factory, share, suffix):
+    path = tmp_path_factory.mktemp("cut") / ("x" + suffix)
+    (np.save if suffix == ".npy" else np.savez)(path, pixels(0, 4, 32, 32, 3).numpy())
+    os.truncate(path, int(share * path.stat().st_size))
+    with pytest.raises(ValueError, match="x.np. is not"):
+        greg.load_aux(str(path))
+
+
+def test_an_npy_is_mapped_not_read_and_never_written(tmp_path):
+    x = pixels(0, 4, 32, 32, 3).numpy()
+    np.save(tmp_path / "x.npy", x)
+    images = greg.load_aux(str(tmp_path / "x.npy"))
+    before = (tmp_path / "x.npy").read_bytes()
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or str(tmp_path / "x.npy") in maps.read_text()
+    np.testing.assert_array_equal(images.x, x)
+    images.x[0] = 0
+    assert (tmp_path / "x.npy").read_bytes() == before
+
+
+def test_an_npz_gives_its_x_or_its_first_array_and_sizes_must_fit(tmp_path):
+    a, b = pixels(0, 2, 32, 32, 3), pixels(1, 2, 32, 32, 3)
+    np.savez(tmp_path / "two.npz", a=a, x=b)
+    np.savez(tmp_path / "one.npz", a=a)
+    assert torch.equal(greg.load_aux(str(tmp_path / "two.npz")).x, b)
+    assert torch.equal(greg.load_aux(str(tmp_path / "one.npz")).x, a)
+    with pytest.raises(ValueError, match="need 16×16"):
+        greg.load_aux(str(tmp_path / "one.npz"), size=16)
+    np.savez(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match="none.npz holds no"):
+        greg.load_aux(str(tmp_path / "none.npz"))
+
+
+def draw_tree(root, parts=("train", "test"), classes=("cat", "dog"), size=(32, 32)):
+    for i, part in enumerate(parts):
+        for j, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for k in range(2):
+                color = (40 * i + 10 * k, 100 * j, 7)
+                Image.new("RGB", size, color).save(root / part / name / f"{k}.png")
+
+
+def test_an_image_folder_has_sorted_classes_and_the_pixels_of_its_files(tmp_path):
+    draw_tree(tmp_path, classes=("dog", "cat"))
+    (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"junk that macOS leaves behind")
+    train, test = greg.load_id(str(tmp_path))
+    assert train.y.tolist() == test.y.tolist() == [0, 0, 1, 1]  # cat before dog
+    assert train.x[:, 0, 0].tolist() == [[0, 100, 7], [10, 100, 7], [0, 0, 7], [10, 0, 7]]
+    assert test.x[0, 0, 0].tolist() == [40, 100, 7]
+
+
+def test_folders_without_images_or_with_other_classes_are_refused_and_named(tmp_path):
+    draw_tree(tmp_path)
+    (tmp_path / "train" / "cow").mkdir()
+    with pytest.raises(ValueError, match="train/cow"):
+        greg.load_id(str(tmp_path))
+    (tmp_path / "train" / "cow").rmdir()
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "hog")
+    with pytest.raises(ValueError, match="same class"):
+        greg.load_id(str(tmp_path))
+    (tmp_path / "test").rename(tmp_path / "tset")
+    with pytest.raises(FileNotFoundError, match="test"):
+        greg.load_id(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no images below .*empty"):
+        greg.load_aux(str(tmp_path / "empty"))
+
+
+def test_a_corrupt_image_among_good_ones_is_named(tmp_path):
+    draw_tree(tmp_path)
+    path = tmp_path / "train" / "dog" / "1.png"
+    for content in (path.read_bytes()[:60], b"", b"not an image"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="dog/1.png is not an image"):
+            greg.load_id(str(tmp_path))
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["L", "RGBA", "CMYK", "P", "1", "LA"]))
+def test_images_of_every_mode_become_rgb(tmp_path_factory, seed, mode):
+    path = tmp_path_factory.mktemp("mode") / ("x.tif" if mode == "CMYK" else "x.png")
+    image = Image.fromarray(pixels(seed, 32, 32, 3).numpy()).convert(mode)
+    image.save(path)
+    want = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(greg.load_image(path, 32)[0], want)
+
+
+def test_sixteen_bit_images_are_refused_rather_than_clipped(tmp_path):
+    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png.*8 bits"):
+        greg.load_image(tmp_path / "deep.png", 32)
+
+
+def test_an_image_is_resized_on_its_short_side_and_cropped_in_the_middle(tmp_path):
+    a = np.zeros((64, 128, 3), np.uint8)
+    a[:, 32:96] = 200  # the middle square
+    Image.fromarray(a).save(tmp_path / "wide.png")
+    x = greg.load_image(tmp_path / "wide.png", 32)
+    assert x.shape == (1, 32, 32, 3) and (x[:, :, 1:-1] == 200).all()
+    small = greg.load_image(tmp_path / "wide.png", 32, resize=False)
+    np.testing.assert_array_equal(small[0], a[16:48, 48:80])
+    with pytest.raises(ValueError, match="smaller than the crop"):
+        greg.load_image(tmp_path / "wide.png", 65, resize=False)
+    with pytest.raises(FileNotFoundError, match="absent.png"):
+        greg.load_image(tmp_path / "absent.png", 32)
+
+
+# ---------------------------------------------------------------------------------- published sets
+
+
+@pytest.mark.parametrize("name", list(greg.SOURCES))
+def test_an_absent_set_is_an_error_that_says_what_is_missing_and_what_to_do(tmp_path, name):
+    load = {"cifar10": greg.load_id, "cifar100": greg.load_id, "random300k": greg.load_aux}
+    with pytest.raises(FileNotFoundError) as error:
+        load.get(name, lambda n, root: greg.load_ood([n], root))(name, tmp_path)
+    text, source = str(error.value), greg.SOURCES[name]
+    file = tmp_path / source.url.split("?")[0].rsplit("/")[-1]
+    option = "PATH" if name in load else f"--ood {name}=PATH"
+    assert all(part in text for part in (str(file), source.url, "--download", option))
+    assert not list(tmp_path.iterdir())
+
+
+def publish(at, name, members, monkeypatch, **source):
+    """A tar.gz of (name, bytes), entered as the source of a set."""
+    file = at / f"{name}.tar.gz"
+    with tarfile.open(file, "w:gz") as tar:
+        for member, content in members:
+            add(tar, member, content)
+    md5 = hashlib.md5(file.read_bytes()).hexdigest()
+    url = f"http://localhost:1/{file.name}?dl=1"
+    new = greg.Source(url, md5, "unpacked", 2)._replace(**source)
+    monkeypatch.setitem(greg.SOURCES, name, new)
+    return file
+
+
+def add(tar, name, content=b"", kind=tarfile.REGTYPE, link=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.linkname = kind, len(content), link
+    tar.addfile(info, io.BytesIO(content))
+
+
+def png(value, size=(32, 32)):
+    out = io.BytesIO()
+    Image.new("RGB", size, (value,) * 3).save(out, "PNG")
+    return out.getvalue()
+
+
+def test_a_set_is_fetched_only_on_request_checked_unpacked_once_and_read(tmp_path, monkeypatch):
+    web, root = tmp_path / "web", tmp_path / "data"
+    web.mkdir()
+    members = [("top/a.png", png(1)), ("top/sub/b.png", png(2)), ("top/list.txt", b"no image")]
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(web))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/isun.tar.gz?dl=1"
+        publish(web, "isun", members, monkeypatch, url=url)
+        with pytest.raises(FileNotFoundError, match="--download"):
+            greg.load_ood(["isun"], root)
+        assert not root.exists()
+        sets, left_out = greg.load_ood(["isun"], root, download=True)
+        server.shutdown()
+    assert sets["isun"].x[:, 5, 5, 0].tolist() == [1, 2]
+    assert left_out == [name for name in greg.PAPER_OOD if name != "isun"]
+    assert (root / "unpacked" / "sub" / "b.png").exists() and not (root / "unpacked/top").exists()
+    (root / "isun.tar.gz").unlink()
+    assert len(greg.load_ood(["isun"], root)[0]["isun"].x) == 2  # needs no archive any more
+
+
+def test_a_failed_download_says_so_and_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
+    publish(tmp_path, "isun", [], monkeypatch, url="http://127.0.0.1:1/isun.tar.gz?dl=1")
+    (tmp_path / "isun.tar.gz").unlink()
+    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+        greg.load_ood(["isun"], tmp_path, download=True)
+    assert not (tmp_path / "isun.tar.gz").exists()
+
+
+def test_a_wrong_checksum_is_refused_before_anything_is_unpacked(tmp_path, monkeypatch):
+    publish(tmp_path, "isun", [("a.png", png(1))], monkeypatch, md5="0" * 32)
+    with pytest.raises(ValueError, match="isun.tar.gz is damaged or another file: md5"):
+        greg.load_ood(["isun"], tmp_path)
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_a_folder_that_lost_images_is_refused(tmp_path, monkeypatch):
+    publish(tmp_path, "isun", [("a.png", png(1)), ("b.png", png(2))], monkeypatch, count=3)
+    with pytest.raises(ValueError, match="has 2 images, isun has 3"):
+        greg.load_ood(["isun"], tmp_path)
+
+
+def test_lsun_c_is_cropped_and_the_other_sets_are_resized(tmp_path, monkeypatch):
+    image = np.zeros((36, 36, 3), np.uint8)
+    image[2:34, 2:34] = pixels(0, 32, 32, 3).numpy()
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    for name in ("lsun_c", "lsun_r"):
+        members = [("a.png", out.getvalue())]
+        publish(tmp_path, name, members, monkeypatch, count=1, folder=name)
+    sets, _ = greg.load_ood(["lsun_c", "lsun_r"], tmp_path)
+    np.testing.assert_array_equal(sets["lsun_c"].x[0], image[2:34, 2:34])
+    assert not torch.equal(sets["lsun_r"].x, sets["lsun_c"].x)
+
+
+def test_places365_is_always_the_same_ten_thousand(tmp_path, monkeypatch):
+    folder = tmp_path / "val_256"
+    folder.mkdir()
+    for i in range(10050):
+        (folder / f"{i:05d}.jpg").touch()
+    chosen = []
+    monkeypatch.setitem(greg.SOURCES, "places365", greg.SOURCES["places365"]._replace(count=10050))
+
+    def decode(files, size, resize):
+        chosen.append(files)
+        return torch.zeros(len(files), size, size, 3, dtype=torch.uint8)
+
+    monkeypatch.setitem(greg.__dict__, "_decode", decode)
+    for _ in range(2):
+        greg.load_ood(["places365"], tmp_path)
+    assert chosen[0] == chosen[1] == sorted(set(chosen[0])) and len(chosen[0]) == 10000
+
+
+def test_available_takes_the_sets_that_are_there_and_names_the_others(tmp_path, monkeypatch):
+    publish(tmp_path, "isun", [("a.png", png(1)), ("b.png", png(2))], monkeypatch)
+    sets, left_out = greg.load_ood(["available"], tmp_path)
+    assert list(sets) == ["isun"] and left_out == list(greg.PAPER_OOD[:-1])
+
+
+def test_ood_sets_of_ones_own_are_given_as_name_and_path(tmp_path):
+    np.save(tmp_path / "x.npy", pixels(0, 2, 32, 32, 3))
+    draw_tree(tmp_path / "tree", size=(50, 40))
+    sets, left_out = greg.load_ood([f"svhn={tmp_path}/x.npy", f"mine={tmp_path}/tree"])
+    assert [len(s.x) for s in sets.values()] == [2, 8] and "svhn" not in left_out
+    with pytest.raises(ValueError, match="twice"):
+        greg.load_ood([f"a={tmp_path}/x.npy", f"a={tmp_path}/x.npy"])
+    with pytest.raises(ValueError, match="no OOD set 'shvn'.*svhn"):
+        greg.load_ood(["shvn"])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        greg.load_ood(["a=nowhere"])
+
+
+def test_the_300k_file_must_have_its_published_checksum(tmp_path):
+    np.save(tmp_path / "300K_random_images.npy", pixels(0, 2, 32, 32, 3))
+    with pytest.raises(ValueError, match="300K_random_images.npy is damaged or another"):
+        greg.load_aux("random300k", tmp_path)
+
+
+# ---------------------------------------------------------------------------------------- archives
+
+HOSTILE = {
+    "parent": ("../evil", tarfile.REGTYPE, ""),
+    "deep parent": ("a/../../evil", tarfile.REGTYPE, ""),
+    "absolute": ("{outside}/evil", tarfile.REGTYPE, ""),
+    "symbolic link": ("link", tarfile.SYMTYPE, "/etc/passwd"),
+    "inner link": ("link", tarfile.SYMTYPE, "good"),
+    "hard link": ("link", tarfile.LNKTYPE, "good"),
+    "device": ("device", tarfile.CHRTYPE, ""),
+    "pipe": ("pipe", tarfile.FIFOTYPE, ""),
+    "outer folder": ("../evil", tarfile.DIRTYPE, ""),
+}
+
+
+@pytest.mark.parametrize("trick", list(HOSTILE))
+def test_a_hostile_archive_is_refused_whole_and_writes_nothing_outside(tmp_path, trick):
+    name, kind, link = HOSTILE[trick]
+    (tmp_path / "work").mkdir()
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        add(tar, "good", b"1")
+        add(tar, name.format(outside=tmp_path), kind=kind, link=link)
+    with pytest.raises(ValueError, match="bad.tar is hostile"):
+        greg.extract(tmp_path / "bad.tar", tmp_path / "work" / "set")
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["bad.tar", "work"]
+
+
+@given(st.floats(0, 0.99), st.sampled_from(["w", "w:gz", "w:xz", "w:bz2"]))
+def test_a_truncated_archive_is_refused_and_leaves_nothing(tmp_path_factory, share, mode):
+    tmp_path = tmp_path_factory.mktemp("cut")
+    with tarfile.open(tmp_path / "cut.tar", mode) as tar:
+        add(tar, "top/a", pixels(0, 30000).numpy().tobytes())
+    whole = 30000 if mode == "w" else (tmp_path / "cut.tar").stat().st_size
+    os.truncate(tmp_path / "cut.tar", int(share * whole))  # a plain tar ends in padding
+    with pytest.raises(ValueError, match="cut.tar is damaged"):
+        greg.extract(tmp_path / "cut.tar", tmp_path / "set")
+    assert [p.name for p in tmp_path.iterdir()] == ["cut.tar"]
+
+
+def test_an_archive_keeps_its_contents_but_no_modes(tmp_path):
+    with tarfile.open(tmp_path / "ok.tar.gz", "w:gz") as tar:
+        add(tar, "top", kind=tarfile.DIRTYPE)
+        info = tarfile.TarInfo("./top/setuid")
+        info.size, info.mode = 3, 0o4777
+        tar.addfile(info, io.BytesIO(b"abc"))
+        add(tar, "top/sub/b", b"de")
+    greg.extract(tmp_path / "ok.tar.gz", tmp_path / "set")
+    assert (tmp_path / "set/setuid").read_bytes() == b"abc"
+    assert (tmp_path / "set/sub/b").read_bytes() == b"de"
+    assert not (tmp_path / "set/setuid").stat().st_mode & 0o4111
+
+
+def test_cifar_is_read_from_the_layout_and_names_that_torchvision_has(tmp_path, monkeypatch):
+    import pickle
+
+    from torchvision.datasets import CIFAR10
+
+    x = pixels(0, 12, 3, 32, 32)
+    members, md5 = [], {}
+    for k, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = {"data": x[2 * k : 2 * k + 2].reshape(2, -1).numpy(), "labels": [k, 9 - k]}
+        members.append((f"cifar-10-batches-py/{name}", pickle.dumps(rows)))
+        md5[name] = hashlib.md5(members[-1][1]).hexdigest()
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    members.append(("cifar-10-batches-py/batches.meta", meta))
+    lists = [[n, md5[n]] for n in md5]
+    monkeypatch.setattr(CIFAR10, "train_list", lists[:5])
+    monkeypatch.setattr(CIFAR10, "test_list", lists[5:])
+    checked = CIFAR10.meta | {"md5": hashlib.md5(meta).hexdigest()}
+    monkeypatch.setattr(CIFAR10, "meta", checked)
+    publish(tmp_path, "cifar10", members, monkeypatch, folder="cifar-10-batches-py")
+    train, test = greg.load_id("cifar10", tmp_path)
+    assert torch.equal(train.x.permute(0, 3, 1, 2), x[:10]) and train.y.tolist()[:4] == [0, 9, 1, 8]
+    assert torch.equal(test.x.permute(0, 3, 1, 2), x[10:]) and test.y.tolist() == [5, 4]
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"damage")
+    with pytest.raises(ValueError, match="cifar-10-batches-py is damaged"):
+        greg.load_id("cifar10", tmp_path)
 
 
 # ------------------------------------------------------------------------------------- 8  Training
@@ -1460,3 +3011,82 @@ def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(job, tmp_path):
         args = greg.parser().parse_args(words)
         if job != "demo":
             assert args.seeds == [0, 3] and args.amp and args.ood == ["svhn", "x=y.npy"]
+
+
+PAPER_MAP = [  # what in the paper, which definitions
+    ("f(x) = W h(x) + b, Section 3.1", ["Net", "resnet18", "wrn40_2", "densenet100"]),
+    ("S(x) = −LSE(f(x)), Section 3.2", ["energy_score"]),
+    ("Eq. (1), energy loss", ["energy_loss"]),
+    ("Eq. (3), gradient loss", ["gradient_norm", "gradient_loss"]),
+    ("L = L_CE + λ_S L_S + λ_∇S L_∇S, Section 4.1", ["greg_loss"]),
+    ("Algorithm 1, energy-based sampling", ["kmeans", "energy_sampling"]),
+    ("Eq. (4), certified radius", ["certified_radius"]),
+    ("L_S, Section 5", ["lipschitz_global", "lipschitz_local"]),
+    ("f(x') = Ax' + b on B(x, ε̂), Section 5", ["linear_region", "id_radius", "ood_radius"]),
+    ("post-hoc methods, Section 2.1", ["msp", "odin", "react", "dice", "line"]),
+    ("FPR95, AUROC, Section 6.1", ["fpr_at_tpr", "auroc"]),
+    ("training protocol, Section 6.1", ["METHODS", "RECIPES", "Trainer"]),
+    ("Tables 1–6", ["PAPER", "paper_table"]),
+    ("Figures 1 and 3", ["figure_1", "figure_3"]),
+]
+
+
+def paper_map():
+    """The README's table of equations, definitions and their lines."""
+    lines = {}
+    for node in ast.parse((HERE / "greg.py").read_text()).body:
+        names = [getattr(node, "name", None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [getattr(t, "id", None) for t in targets]
+        lines |= {name: (node.lineno, node.end_lineno) for name in names}
+    rows = []
+    for what, names in PAPER_MAP:
+        code = ", ".join(f"`{name}`" for name in names)
+        links = ["[{0}–{1}](greg.py#L{0}-L{1})".format(*lines[name]) for name in names]
+        rows.append(f"| {what} | {code} | {', '.join(links)} |")
+    return "\n".join(rows)
+
+
+def test_the_map_of_the_readme_is_that_of_the_module():
+    assert f"<!-- map -->\n{paper_map()}\n<!-- /map -->" in (HERE / "README.md").read_text()
+
+
+def fenced(language):
+    text = (HERE / "README.md").read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_commands_in_the_readme_parse():
+    commands = [line for block in fenced("bash") for line in block.splitlines() if line]
+    calls = [line.split("greg.py ")[1] for line in commands if "greg.py " in line]
+    assert len(calls) >= 8
+    for call in calls:
+        greg.parser().parse_args(call.split())
+    for line in commands:
+        assert subprocess.run(["bash", "-n"], input=line, text=True).returncode == 0
+        if "run_cifar.sh" in line:
+            assert bash("-c", line + " --dry-run")[0] == 0
+
+
+def test_the_loop_of_the_readme_runs():
+    net = seeded(0, lambda: greg.wrn(10, 1, 10))
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    x = normal(0, 28, 3, 8, 8, dtype=torch.float32)
+    loaders = {"id_loader": [(x[:4], torch.arange(4))], "auxiliary_loader": [x[4:]]}
+    before = net.fc.weight.clone()
+    exec(fenced("python")[0], {"net": net, "optimizer": optimizer} | loaders)
+    assert not torch.equal(before, net.fc.weight)
+
+
+def test_a_new_row_of_the_readme_is_a_method(monkeypatch):
+    monkeypatch.setattr(greg, "METHODS", dict(greg.METHODS))
+    exec(fenced("python")[1], {})
+    assert isinstance(greg.METHODS["mine"], greg.Method)
+
+
+if __name__ == "__main__":  # rewrite the map
+    readme = (HERE / "README.md").read_text()
+    head, rest = readme.split("<!-- map -->\n")
+    tail = rest[rest.index("<!-- /map -->") :]
+    (HERE / "README.md").write_text(f"{head}<!-- map -->\n{paper_map()}\n{tail}")
