@@ -30,6 +30,7 @@ import copy
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import lzma
 import math
@@ -2245,8 +2246,11 @@ def resolve(config: Config) -> Config:
         fill["aux"] = ""
     elif not config.aux:
         fill["aux"] = "synthetic" if config.id == "synthetic" else "random300k"
-    if not config.stats:
-        fill["stats"] = config.id if config.id in STATS else "cifar10"
+    if not config.stats:  # normalisation belongs to a network: a fine-tune keeps its start's
+        start = Path(config.init, "config.json")
+        known = config.init and start.is_file()
+        stats = json.loads(start.read_text())["stats"] if known else config.id
+        fill["stats"] = stats if stats in STATS else "cifar10"
     config = replace(config, **fill)
     for name in "epochs", "lr", "batch", "candidates":
         if getattr(config, name) <= 0:
@@ -3343,37 +3347,30 @@ def interleave(
     return {name: sorted(values) for name, values in seconds.items()}
 
 
-def bench_steps(arch: str, n: int, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Training steps of `arch` with n ID images: the same 3n images, but for candidates 6n."""
-    net = build(arch, 10).to(device)
-    optimizer = torch.optim.SGD(net.parameters(), 1e-3, 0.9, nesterov=True)
-    g = rng(device, 0)
-    x_in, x_aux, candidates = (
-        torch.randn(m, 3, 32, 32, generator=g, device=device) for m in (n, 2 * n, 6 * n)
+def bench_steps(
+    arch: str, n: int, methods: Sequence[str], device: torch.device
+) -> dict[str, Callable[[], object]]:
+    """A training step of each method on synthetic images, and the released procedure's GReg+."""
+    train_set, aux_set = (
+        _on(device, synthetic("train"), 4 * n),
+        _on(device, synthetic("aux"), 12 * n),
     )
-    y_in = torch.randint(10, (n,), generator=g, device=device)
+    jobs: dict[str, Callable[[], object]] = {}
+    for method in methods:
+        config = resolve(Config(method, id="synthetic", arch=arch, batch=n, init="none"))
+        trainer = Trainer(replace(config, init=""), Path(), train_set, aux_set)
+        trainer.shuffle()
+        trainer.net.train()
+        jobs[method] = trainer.train_step
 
-    def step(x_aux: Tensor, **weights: float) -> None:
-        out = greg_loss(net, x_in, y_in, x_aux, -3.0, -1.0, **weights)
-        optimizer.zero_grad()
-        out.loss.backward()
-        optimizer.step()
+    def released() -> None:
+        g, i = rng(device, 0), torch.arange(6 * n, device=device)
+        x_in = trainer.batch(train_set, i[:n], g)
+        candidates = trainer.batch(aux_set, i, g)
+        released_step(trainer.net, trainer.optimizer, x_in, train_set.y[:n], candidates)
 
-    def sampled() -> None:
-        f, z = embed(net, candidates)
-        step(candidates[energy_sampling(z, energy_score(f), n, g)])
-
-    jobs: dict[str, Callable[[], object]] = {
-        "energy": lambda: step(x_aux, lambda_grad=0.0),
-        "GReg": lambda: step(x_aux),
-        "GReg+": sampled,
-    }
-    with contextlib.suppress(ImportError):
-        import sklearn  # noqa: F401
-
-        jobs["GReg+, released procedure"] = lambda: released_step(
-            net, optimizer, x_in, y_in, candidates
-        )
+    if importlib.util.find_spec("sklearn"):
+        jobs["greg+, released procedure"] = released
     return jobs
 
 
@@ -3383,48 +3380,47 @@ def bench_kmeans(N: int, d: int, k: int, device: torch.device) -> tuple[dict, di
     centres = torch.randn(k // 2, d, generator=g, device=device).relu()
     which = torch.randint(k // 2, (N,), generator=g, device=device)
     x = F.normalize(centres[which] + torch.randn(N, d, generator=g, device=device).relu())
-    inertia: dict[str, list[float]] = {"K-Means": [], "K-Means, scikit-learn": []}
+    inertia: dict[str, list[float]] = {"ours": [], "scikit-learn": []}
     jobs: dict[str, Callable[[], object]] = {
-        "K-Means": lambda: inertia["K-Means"].append(kmeans(x, k, generator=g)[2].item())
+        "ours": lambda: inertia["ours"].append(kmeans(x, k, generator=g)[2].item())
     }
-    with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("sklearn"):
         from sklearn.cluster import KMeans
 
+        def theirs() -> None:
+            inertia["scikit-learn"].append(float(KMeans(k, n_init=3).fit(host).inertia_))
+
         host = x.cpu().numpy()
-        jobs["K-Means, scikit-learn"] = lambda: inertia["K-Means, scikit-learn"].append(
-            float(KMeans(k, n_init=3).fit(host).inertia_)
-        )
+        jobs["scikit-learn"] = theirs
     return jobs, inertia
 
 
 def command_bench(args: argparse.Namespace) -> None:
-    """Medians and spreads of steps and clustering, as ratios within one interleaved run."""
+    """Medians and spreads of steps and of clustering, as ratios within one interleaved run."""
     device, rows = args.device, []
 
-    def add(what: str, seconds: dict[str, list[float]], base: str, note: str = "") -> None:
+    def add(what: str, seconds: dict[str, list[float]]) -> None:
         middle = {name: values[len(values) // 2] for name, values in seconds.items()}
+        first = next(iter(middle.values()))
         for name, values in seconds.items():
             spread = f"{1e3 * values[0]:.1f}-{1e3 * values[-1]:.1f}"
-            ratio = f"{middle[name] / middle[base]:.2f}"
-            rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio, note])
+            ratio = f"{middle[name] / first:.2f}"
+            rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio])
 
     for arch in args.archs:
-        seconds = interleave(bench_steps(arch, args.batch, device), args.rounds, device)
-        add(f"{arch}, {args.batch} ID images", seconds, "energy")
+        jobs = bench_steps(arch, args.batch, args.methods, device)
+        add(f"step, {arch}, {args.batch} ID images", interleave(jobs, args.rounds, device))
     for N, d, k in (384, 342, 64), (3000, 1024, 64):
         jobs, inertia = bench_kmeans(N, d, k, device)
         seconds = interleave(jobs, args.rounds, device)
-        means = [f"{sum(v) / len(v):.2f}" for v in inertia.values() if v]
-        add(f"N = {N}, d = {d}, k = {k}", seconds, "K-Means", f"mean inertia {', '.join(means)}")
-    header = ["what", "job", "median ms", "spread ms", "ratio", "note"]
-    where = (
-        f"{environment()['device']}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(markdown(header, rows) + f"\n{device.type}: {where}; float32, {args.rounds} rounds.")
+        means = ", ".join(f"{sum(v) / len(v):.2f}" for v in inertia.values() if v)
+        add(f"K-Means, N = {N}, d = {d}, k = {k}; mean inertia {means}", seconds)
+    header = ["what", "job", "median ms", "spread ms", "ratio"]
+    where = f"{environment()['device']}, {torch.get_num_threads()} threads"
+    where += f", torch {torch.__version__}, float32, {args.rounds} rounds."
+    print(f"{markdown(header, rows)}\n{where}")
     if len(jobs) == 1:
-        print(
-            "scikit-learn is not installed: its baselines are left out (pip install scikit-learn)."
-        )
+        print("Without scikit-learn its baselines are left out (pip install scikit-learn).")
 
 
 DEMO = {  # small enough for two CPU cores and a few minutes; the paper's protocol is not
@@ -3638,6 +3634,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--archs", nargs="+", choices=ARCHS, default=["wrn40_2", "densenet100"])
     p.add_argument("--batch", type=int, default=32, help="ID images a step (default: 32)")
     p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
+    p.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["energy", "greg", "greg+"], help="steps"
+    )
     p = add("figure", command_figure, "draw a figure")
     p.add_argument("which", choices=["1", "3", "scores"], help="Figure 1 or 3, or histograms")
     p.add_argument("folders", type=Path, nargs="*", help="run folders (3, scores)")
