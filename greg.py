@@ -230,6 +230,8 @@ def load_weights(net: Net, path: str) -> Net:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
+    except OSError:
+        raise
     except Exception as e:
         message = f"{path} is not a checkpoint of plain tensors that can be read safely: {e}"
         raise ValueError(message.splitlines()[0]) from None
@@ -591,7 +593,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: torch.Generator | None = 
 
 # ==================================================================================================
 # 4  Certificates (Section 5, Eq. (4))
-# Needs: Net, Residual, Concat, Normalize (1), energy_score, gradient_norm (2)
+# Needs: Net, Residual, Concat, Normalize (1), energy_score (2)
 # ==================================================================================================
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
@@ -606,8 +608,8 @@ def certified_radius(
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound if S is lipschitz-Lipschitz on B(x, ε): |S(x') - S(x)| <= L_S ‖x' - x‖ < |γ - S(x)| keeps
-    the decision for ‖x' - x‖ < ε*. The paper's L_S = ‖∇S(x)‖ is such a constant for no OOD sample:
-    where f is affine S is concave, and falls faster away from x (see `ood_radius`).
+    the decision for ‖x' - x‖ < ε*. The paper's L_S = ‖∇S(x)‖ is in general no such constant for OOD
+    samples: where f is affine S is concave and falls faster away from x (see `ood_radius`).
     Raises ValueError for NaN, or a negative lipschitz or eps.
     """
     s = torch.as_tensor(s, dtype=torch.float64).detach()
@@ -1910,8 +1912,19 @@ def _id_arrays(path: Path) -> tuple[Images, Images]:
         raise ValueError(f"{path}: x_train {list(x.shape)} and x_test {list(x_test.shape)} differ")
     y = _labels(arrays["y_train"], len(x), None, path, "y_train")
     y_test = _labels(arrays["y_test"], len(x_test), int(y.max()) + 1, path, "y_test")
+    if x.shape[1] != x.shape[2]:
+        raise ValueError(f"{path}: images must be square, got {list(x.shape[1:3])}")
     classes = tuple(str(c) for c in range(int(y.max()) + 1))
-    return Images(x, y, path.stem, classes), Images(x_test, y_test, path.stem, classes)
+    train, test = Images(x, y, path.stem, classes), Images(x_test, y_test, path.stem, classes)
+    return _mixed(train), _mixed(test)
+
+
+def _mixed(images: Images) -> Images:
+    """Images in order of class are put in a fixed random one: the first N stand for them all."""
+    if (images.y.diff() < 0).any():
+        return images
+    order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
+    return images._replace(x=images.x[order], y=images.y[order])
 
 
 def _id_folder(path: Path, size: int) -> tuple[Images, Images]:
@@ -1924,7 +1937,8 @@ def _id_folder(path: Path, size: int) -> tuple[Images, Images]:
             raise ValueError(f"{part} must have the same class folders as train, has {names[:9]}")
         classes, files = names, [_files(part / c) for c in names]
         y = torch.arange(len(names)).repeat_interleave(torch.tensor([len(f) for f in files]))
-        splits.append(Images(_decode(sum(files, []), size), y, path.name, tuple(names)))
+        x = _decode(sum(files, []), size)
+        splits.append(_mixed(Images(x, y, path.name, tuple(names))))
     return splits[0], splits[1]
 
 
@@ -1975,12 +1989,20 @@ def _unlabelled(path: Path, size: int, name: str) -> Images:
     return Images(x, None, name)
 
 
+def _check_size(images: Images, size: int, what: str) -> None:
+    if images.x.shape[1:3] != (size, size):
+        got = f"{list(images.x.shape[1:3])}, the ID images {size}×{size}"
+        raise ValueError(f"{what} has images {got}: resize one of them")
+
+
 def load_aux(
     name: str, root: str | Path = "data", download: bool = False, seed: int = 0, size: int = 32
 ) -> Images:
     """Auxiliary outliers: "random300k" (memory-mapped), "synthetic", or a path as in `load_ood`."""
     if name == "synthetic":
-        return synthetic("aux", seed=seed)
+        images = synthetic("aux", seed=seed)
+        _check_size(images, size, "the auxiliary set")
+        return images
     if name == "random300k":
         return _unlabelled(_locate(name, root, download), size, name)
     return _unlabelled(_existing(name, "random300k, synthetic"), size, Path(name).stem)
@@ -2026,6 +2048,12 @@ def load_ood(
             except FileNotFoundError:
                 if spec != "available":
                     raise
+    if not sets:
+        raise ValueError(
+            f"no OOD set to evaluate on: name some with --ood ({', '.join(PAPER_OOD)})"
+        )
+    for name, images in sets.items():
+        _check_size(images, size, f"the OOD set {name}")
     return sets, [name for name in benchmark if name not in sets]
 
 
@@ -2076,7 +2104,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of Tables 1-5: auxiliary loss × sampler × gradient term × score, and its recipe."""
+    """A row of the tables: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
     loss: Callable[..., Tensor] | None = None  # None: Eq. (1)
     sampler: Sampler = Sampler()
@@ -2229,7 +2257,9 @@ class Config:
     lambda_s: float | None = option(None, "weight of the auxiliary loss (method)")
     lambda_grad: float = option(1.0, "weight of Eq. (3), for methods that have it")
     reduction: str = option("paper", "paper: Eq. (3); released: Eq. (3) / N, as the released code")
-    stats: str = option("", "normalisation: a key of STATS (default: that of the ID data)")
+    stats: str = option(
+        "", "normalisation: a key of STATS (default: the start's, the ID data's, else cifar10)"
+    )
     amp: bool = option(False, "bfloat16 autocast")
     channels_last: bool = option(False, "channels-last memory format")
 
@@ -2260,6 +2290,14 @@ def resolve(config: Config) -> Config:
     except ValueError:
         message = f'--schedule must be "cosine" or shares as "0.5,0.75", got {config.schedule!r}'
         raise ValueError(message) from None
+    if config.reduction not in ("paper", "released"):
+        raise ValueError(f"--reduction must be paper or released, got {config.reduction!r}")
+    if config.candidates < method.sampler.share:
+        raise ValueError(
+            f"--candidates must be at least {method.sampler.share} for {config.method}"
+        )
+    if config.n_train < 0 or config.n_aux < 0:
+        raise ValueError("--n-train and --n-aux are numbers of images, 0 for all")
     if config.stats not in STATS:
         raise ValueError(f"unknown --stats {config.stats!r}; one of {', '.join(STATS)}")
     if config.m_in >= config.m_aux:
@@ -2322,8 +2360,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     for path in names:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:  # not ours to read: no damage
+            raise
         except Exception as e:
-            print(f"warning: {path} is damaged ({str(e).splitlines()[0]})", file=sys.stderr)
+            print(f"warning: {path} is damaged ({repr(e)[:200]})", file=sys.stderr)
     if names:
         raise ValueError(f"no intact checkpoint in {folder}; delete the folder to start again")
     return None
@@ -2563,23 +2603,20 @@ class Trainer:
     def probe(self) -> dict[str, float]:
         """Figure 3, on fixed images in eval mode: energy loss, ‖∇S‖, mean scores, accuracy."""
         self.net.eval()
-        part = {
-            "in": self.train_set,
-            "aux": self.train_set if self.aux_set is None else self.aux_set,
-        }
-        x = {k: normalise(v.x[:256], *STATS[self.config.stats]) for k, v in part.items()}
-        s = {k: energy_score(embed(self.net, v)[0]) for k, v in x.items()}
-        correct = embed(self.net, x["in"])[0].argmax(1) == self.train_set.y[:256]
-        row = {"probe_accuracy": correct.float().mean()}
-        if self.aux_set is not None:
-            row["probe_energy"] = energy_loss(
-                s["in"], s["aux"], self.config.m_in, self.config.m_aux
-            )
-        for k in "in", "aux" if self.aux_set is not None else "in":
-            row |= {
-                f"probe_s_{k}": s[k].mean(),
-                f"probe_gradient_{k}": input_gradients(self.net, x[k]).mean(),
-            }
+        sets = {"in": self.train_set} | ({"aux": self.aux_set} if self.aux_set else {})
+        row, s, stats = {}, {}, STATS[self.config.stats]
+        for k, images in sets.items():
+            x = normalise(images.x[:256], *stats)
+            logits = embed(self.net, x)[0]
+            s[k] = energy_score(logits)
+            row |= {f"probe_s_{k}": s[k].mean()}
+            row |= {f"probe_gradient_{k}": input_gradients(self.net, x).mean()}
+            if k == "in":
+                correct = logits.argmax(1) == self.train_set.y[:256]
+                row["probe_accuracy"] = correct.float().mean()
+        if "aux" in s:
+            margins = self.config.m_in, self.config.m_aux
+            row["probe_energy"] = energy_loss(s["in"], s["aux"], *margins)
         return {k: v.item() for k, v in row.items()}
 
     def log(self, row: dict[str, float]) -> None:
@@ -2776,6 +2813,10 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     done = read_results(folder)
     if done is not None:
         check_same(config, done["config"], folder)
+        asked = {spec.partition("=")[0] for spec in data.ood} - {"synthetic", "available"}
+        if not asked <= set(done["gradient_norm"]):
+            message = f"{folder} is finished, on other OOD sets; evaluate it on {', '.join(asked)}"
+            raise ValueError(f"{message} with greg.py eval")
         return done
     train_set, test_set = load_id(config.id, data.root, data.download)
     size, aux = train_set.x.shape[1], None
@@ -2794,28 +2835,30 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     names = [score] if config.aux else POST_HOC_ROWS
     results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out, "seconds": time.time() - start}
-    trainer.save(gamma=results["gamma"][score])
+    results["score"] = score
+    trainer.save(gamma=results["gamma"][score], score=score)
     save_results(folder, results | environment(), raw)
     return results
 
 
 def results_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs that differ in the seed alone become one row: {column: [value of each seed]}."""
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for r in results:
+        c = r["config"]
         for score, sets in r["metrics"].items():
-            c = r["config"]
-            name = c["method"] + ("" if score == METHODS[c["method"]].score else f": {score}")
-            if METHODS[c["method"]].gradient and c["reduction"] != "paper":
-                name += f", {c['reduction']}"
-            row = rows.setdefault((c["id"], c["arch"], name), {"name": name, "arch": c["arch"]})
+            name = c["method"] + ("" if score == r["score"] else f": {score}")
+            name += "" if c["reduction"] == "paper" else f", {c['reduction']}"
+            name += "" if c["lambda_grad"] == 1 else f", λ_∇S = {c['lambda_grad']:g}"
+            key = json.dumps([{k: c[k] for k in c if k not in ("seed", "init")}, name])
+            row = rows.setdefault(key, {"name": name, "arch": c["arch"]})
             norms = {k: v for k, v in r["gradient_norm"].items() if k != "id"}
             cells = {"accuracy": r["accuracy"], "grad_in": r["gradient_norm"]["id"]}
             cells["grad_out"] = sum(norms.values()) / len(norms)
-            for key, m in sets.items():
-                cells |= {f"{key} FPR95": m["fpr95"], f"{key} AUROC": m["auroc"]}
-            for key, value in cells.items():
-                row.setdefault(key, []).append(value)
+            for set_name, m in sets.items():
+                cells |= {f"{set_name} FPR95": m["fpr95"], f"{set_name} AUROC": m["auroc"]}
+            for column, value in cells.items():
+                row.setdefault(column, []).append(value)
     return list(rows.values())
 
 
@@ -2878,9 +2921,8 @@ def predict(folder: Path, paths: Sequence[str], device: torch.device) -> list[di
     net, state = load_run(folder, device)
     if "gamma" not in state:
         raise ValueError(f"{folder} is not finished, so it has no threshold; train it to its end")
-    config, gamma, rows = state["config"], state["gamma"], []
+    config, gamma, name, rows = state["config"], state["gamma"], state["score"], []
     K = len(state["classes"])
-    name = METHODS[config["method"]].score
     for path in paths:
         images = Images(load_image(path, state["size"]), None, path)
         scores, classes = score_images(net, images, K, config["stats"], [name])
@@ -2922,7 +2964,7 @@ def figure_scores(folder: Path, path: Path) -> None:
     results = read_results(folder)
     if results is None:
         raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
-    score = METHODS[results["config"]["method"]].score
+    score = results["score"]
     with np.load(folder / "scores.npz") as arrays:
         sets = {k.split("/")[1]: arrays[k] for k in arrays if k.split("/")[0] == score}
     edges = np.histogram_bin_edges(np.concatenate(list(sets.values())), bins=80)
@@ -3037,9 +3079,9 @@ def cell_values(
 ) -> list[float]:
     """A table cell: one value in percent for each finished seed; empty if there is none."""
     id, arch, key, metric = column
-    wanted, values = (id, arch, method, "paper"), []
+    values = []
     for r in results:
-        if tuple(r["config"][k] for k in ("id", "arch", "method", "reduction")) != wanted:
+        if tuple(r["config"][k] for k in ("id", "arch", "method")) != (id, arch, method):
             continue
         if metric == "accuracy":
             values.append(100 * r["accuracy"])
@@ -3085,21 +3127,21 @@ def data_note(r: dict[str, Any]) -> str:
     return f"{c['method']}: ID {c['id']}{size}{aux}, {start}, {epochs}; OOD {ood}{left}"
 
 
-def run_table(args: argparse.Namespace) -> None:
-    """Train, or go on with, every run that a table needs; pre-training first."""
-    methods = {method: None for method, *_ in PAPER[args.number].values()}
-    methods = args.methods or list(methods)
+def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
+    """The runs that a table needs, by their folders, pre-training before what starts from it."""
+    methods = args.methods or list({method: None for method, *_ in PAPER[args.number].values()})
     if any(METHODS[m].recipe == "finetune" for m in methods):
         methods = ["ce", *(m for m in methods if m != "ce")]
-    columns = table_columns(args.number, args.id, args.archs)
+    columns, runs = table_columns(args.number, args.id, args.archs), {}
     for id, arch in dict.fromkeys(c[:2] for c in columns):
         for seed in args.seeds:
             given = config_arguments(args) | {"id": id, "arch": arch, "seed": seed}
             start = run_folder(args.runs, Config(**given | {"method": "ce"}))
             for method in methods:
-                tune = METHODS[method].recipe == "finetune"
-                config = Config(**given | {"method": method, "init": str(start) if tune else ""})
-                train(config, run_folder(args.runs, config), args.device, data_options(args))
+                init = str(start) if METHODS[method].recipe == "finetune" else ""
+                config = Config(**given | {"method": method, "init": init})
+                runs[run_folder(args.runs, config)] = config
+    return runs
 
 
 def _score(net: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:
@@ -3119,20 +3161,21 @@ def certify_report(
     steps: int = 20,
     local: bool = True,
     clamp: tuple[float, float] | None = (0.0, 1.0),
+    gamma: float | None = None,
 ) -> dict[str, Any]:
     """Clean, attacked and certified FPR95/AUROC of OOD sets under ℓ2 perturbations of OOD inputs.
 
     net: on [0,1] pixels (Normalize in front), eval mode; x_in [N,...] and x_out, name -> [M,...].
-    γ accepts 95 % of the clean ID inputs. "attacked" is what PGD found, "certified" what no attack
-    can do to S (lower bounds, global and, if `local`, local). "smoothed" is another detector with a
-    γ of its own, from medians under other noise; at ε > 0 it is certified, for each input with
-    probability 1 - alpha. Also the share of ID inputs that the attack has rejected at γ.
+    "attacked" is what PGD found, "certified" what no attack can do to S (lower bounds, global and,
+    if `local`, local). "smoothed" is another detector with a threshold of its own, from medians
+    under other noise; at ε > 0 it is certified, for each input with probability 1 - alpha. Also the
+    share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in).
     """
     device = next(net.parameters()).device
     draws = torch.Generator(device).manual_seed(seed)
     lipschitz = lipschitz_global(net, x_in.shape[1:])
     s_in = _score(net, x_in)
-    gamma = threshold(s_in)
+    gamma = threshold(s_in) if gamma is None else gamma
 
     def attacked(x: Tensor, sign: float) -> dict[float, Tensor]:
         """The worst scores within each eps: what a smaller ball holds, a larger one holds too."""
@@ -3446,6 +3489,8 @@ def command_train(args: argparse.Namespace) -> None:
     config = Config(**config_arguments(args))
     folder = args.out or run_folder(args.runs, config)
     results = train(config, folder, args.device, data_options(args))
+    if not results:  # another rank evaluates
+        return
     print(results_table([results]))
     print(f"{folder}: results.json, results.md, scores.npz, log.jsonl, checkpoint.pt")
 
@@ -3465,21 +3510,26 @@ def command_eval(args: argparse.Namespace) -> None:
     if bool(args.run) == bool(args.weights):
         raise ValueError("name either a run folder, or --weights FILE with its --arch and --id")
     if args.run:
+        if args.arch or args.id or args.stats:
+            raise ValueError("--arch, --id and --stats belong to --weights; a run knows its own")
         net, state = load_run(args.run, args.device)
-        config = Config(**state["config"])
+        config, score = Config(**state["config"]), state.get("score", "energy")
     else:
-        config = resolve(Config("ce", id=args.id, arch=args.arch, stats=args.stats))
+        given = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
+        config, score = replace(resolve(Config("ce", **given)), init=args.weights), "energy"
     train_set, test_set = load_id(config.id, args.root, args.download)
+    train_set, K = _on(args.device, train_set, config.n_train), len(train_set.classes)
     if args.weights:
-        config = replace(config, init=args.weights)
-        net = build(config.arch, len(train_set.classes), args.weights).to(args.device)
-    names = args.scores.split(",") if args.scores else [METHODS[config.method].score]
+        net = build(config.arch, K, args.weights).to(args.device)
+    names = args.scores.split(",") if args.scores else [score]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
+    if {"absent", "msp of K"} & set(names) and net.fc.out_features == K:
+        raise ValueError(f"{', '.join(names)}: this network has no class K + 1 to score")
     size, specs = train_set.x.shape[1], default_ood(config.id, args.ood)
     ood, left_out = load_ood(specs, args.root, args.download, size)
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
-    results |= {"config": asdict(config), "left_out": left_out} | environment()
+    results |= {"config": asdict(config), "left_out": left_out, "score": score} | environment()
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         save_results(args.out, results, raw)
@@ -3503,9 +3553,14 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         print(results_table(results))
         return
-    if not args.read:
-        run_table(args)
-    text, cells = paper_table(args.number, find_results(args.runs), args.id, args.archs)
+    if world()[1] > 1:
+        raise ValueError("table runs in one process; use torchrun for greg.py train")
+    runs = table_runs(args)
+    if not args.read and args.number != 3:  # ImageNet does not fit in memory: not here yet
+        for folder, config in runs.items():
+            train(config, folder, args.device, data_options(args))
+    results = [r for r in map(read_results, runs) if r]
+    text, cells = paper_table(args.number, results, args.id, args.archs)
     args.runs.mkdir(parents=True, exist_ok=True)
     path = args.runs / f"table_{args.number}.json"
     write_json(path, cells)
@@ -3516,6 +3571,8 @@ def command_table(args: argparse.Namespace) -> None:
 def command_certify(args: argparse.Namespace) -> None:
     net, state = load_run(args.run, args.device)
     config = Config(**state["config"])
+    if state.get("score") != "energy":
+        raise ValueError(f"{args.run} does not decide by S = -LSE(f), the score certified here")
     test_set = load_id(config.id, args.root, args.download)[1]
     specs, size = default_ood(config.id, args.ood), test_set.x.shape[1]
     ood, _ = load_ood(specs, args.root, args.download, size)
@@ -3532,6 +3589,7 @@ def command_certify(args: argparse.Namespace) -> None:
         args.sigma,
         args.draws,
         local=args.local,
+        gamma=state["gamma"],
     )
     folder = args.out or args.run
     folder.mkdir(parents=True, exist_ok=True)
@@ -3603,8 +3661,8 @@ def parser() -> argparse.ArgumentParser:
     p = add("eval", command_eval, "evaluate a run, or a weights file, on OOD sets")
     p.add_argument("run", type=Path, nargs="?", help="run folder")
     p.add_argument("--weights", default="", help="a weights file, ours or a public one")
-    p.add_argument("--arch", default="wrn40_2", help="its network: one of ARCHS")
-    p.add_argument("--id", default="cifar10", help="its ID data")
+    p.add_argument("--arch", choices=ARCHS, help="its network (default: wrn40_2)")
+    p.add_argument("--id", default="", help="its ID data (default: cifar10)")
     p.add_argument("--stats", default="", help="its normalisation: a key of STATS")
     p.add_argument("--scores", default="", help=f"comma-separated: {', '.join(SCORES)}")
     p.add_argument("--out", type=Path, help="folder for results.json, results.md, scores.npz")
@@ -3669,8 +3727,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.device = pick_device(args.device)
         args.run_command(args)
-    except (ValueError, OSError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError, ImportError) as e:
         print(f"greg: error: {e}", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError:
+        print("greg: error: the GPU's memory is too small: --amp or --batch", file=sys.stderr)
         return 2
     return 0
 

@@ -2252,9 +2252,12 @@ def test_an_image_folder_has_sorted_classes_and_the_pixels_of_its_files(tmp_path
     draw_tree(tmp_path, classes=("dog", "cat"))
     (tmp_path / "train" / "cat" / "._0.png").write_bytes(b"junk that macOS leaves behind")
     train, test = greg.load_id(str(tmp_path))
-    assert train.y.tolist() == test.y.tolist() == [0, 0, 1, 1]  # cat before dog
-    assert train.x[:, 0, 0].tolist() == [[0, 100, 7], [10, 100, 7], [0, 0, 7], [10, 0, 7]]
-    assert test.x[0, 0, 0].tolist() == [40, 100, 7]
+    assert train.classes == test.classes == ("cat", "dog")  # 0 and 1, in a mixed order
+    pairs = {(int(y), *x) for x, y in zip(train.x[:, 0, 0].tolist(), train.y, strict=True)}
+    assert pairs == {(0, 0, 100, 7), (0, 10, 100, 7), (1, 0, 0, 7), (1, 10, 0, 7)}
+    assert {(int(y), *x) for x, y in zip(test.x[:, 0, 0].tolist(), test.y, strict=True)} >= {
+        (0, 40, 100, 7)
+    }
 
 
 def test_folders_without_images_or_with_other_classes_are_refused_and_named(tmp_path):
@@ -2801,6 +2804,9 @@ def test_an_accuracy_that_collapses_is_warned_about_with_margins(pretrained, tmp
         ({"batch": 0}, "positive"),
         ({"schedule": "0.5;1"}, "schedule"),
         ({"stats": "mnist"}, "stats"),
+        ({"reduction": "mean"}, "reduction"),
+        ({"method": "greg+", "candidates": 1}, "candidates"),
+        ({"n_train": -1}, "n-train"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(change, message):
@@ -2936,6 +2942,63 @@ def test_eval_reads_a_public_weights_file(files, pretrained, tmp_path, capsys):
         for name, value in theirs["metrics"][score]["cells"].items():
             assert ours["metrics"][score]["cells"][name] == pytest.approx(value, abs=0.02)
     assert greg.main(["eval", str(pretrained), "--ood", *sets(files)]) == 0
+
+
+def test_eval_refuses_what_a_network_or_a_run_does_not_have(pretrained, capsys):
+    for words, message in (
+        (["--scores", "absent"], "no class K"),
+        (["--arch", "resnet18"], "a run knows its own"),
+        (["--ood", "available"], "no OOD set"),
+    ):
+        assert greg.main(["eval", str(pretrained), "--root", "nowhere", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_finished_run_does_not_pass_for_an_evaluation_on_other_sets(files, pretrained):
+    config = greg.Config(**greg.read_results(pretrained)["config"])
+    done = greg.train(config, pretrained, CPU, greg.DataOptions(ood=(sets(files)[0],)))
+    assert done == greg.read_results(pretrained)
+    with pytest.raises(ValueError, match="other OOD sets"):
+        greg.train(config, pretrained, CPU, greg.DataOptions(ood=("svhn",)))
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_different_rows(pretrained):
+    r = greg.read_results(pretrained)
+    other = r | {"config": r["config"] | {"lr": 0.5, "seed": 7}}
+    seed = r | {"config": r["config"] | {"seed": 7}}
+    rows = [len(greg.results_rows([r, s])) // len(r["metrics"]) for s in (seed, other)]
+    assert rows == [1, 2]
+
+
+def test_images_in_order_of_class_are_mixed_and_others_left_alone():
+    y = torch.arange(12) // 4
+    x = y.byte().view(-1, 1, 1, 1).expand(-1, 2, 2, 3)
+    mixed = greg._mixed(greg.Images(x, y, "sorted"))
+    assert torch.equal(mixed.x[:, 0, 0, 0].long(), mixed.y) and len(mixed.y[:6].unique()) == 3
+    assert torch.equal(mixed.y.sort().values, y)
+    left = greg._mixed(greg.Images(x.flip(0), y.flip(0), "not sorted"))
+    assert torch.equal(left.y, y.flip(0))
+
+
+def test_images_of_another_size_than_the_id_images_are_refused(files):
+    with pytest.raises(ValueError, match="auxiliary set has images .*8×8"):
+        greg.load_aux("synthetic", size=8)
+    with pytest.raises(ValueError, match="the OOD set strokes"):
+        greg.load_ood(["strokes"], size=8)
+
+
+def test_certify_is_of_the_energy_score_at_the_threshold_of_the_run(
+    files, pretrained, tmp_path, capsys
+):
+    line = ["certify", str(pretrained), "--images", "8", "--draws", "20", "--eps", "0.1"]
+    line += ["--ood", *sets(files), "--out", str(tmp_path)]
+    assert greg.main(line) == 0
+    report = json.loads((tmp_path / "certificates.json").read_text())
+    assert report["gamma"] == greg.read_results(pretrained)["gamma"]["energy"]
+    assert (tmp_path / "certificates.png").exists() and "| cells | 0.1 |" in capsys.readouterr().out
+    state = torch.load(pretrained / "checkpoint.pt", weights_only=True)
+    torch.save(state | {"score": "msp"}, tmp_path / "checkpoint.pt")
+    assert greg.main(["certify", str(tmp_path)]) == 2
 
 
 def test_figures_are_written(pretrained, tmp_path, capsys):
