@@ -31,6 +31,7 @@ import functools
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import math
@@ -226,12 +227,11 @@ def load_weights(net: Net, path: str) -> Net:
 
     Raises FileNotFoundError without the file, ValueError for anything that does not fit.
     """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    content = io.BytesIO(Path(path).read_bytes())  # so that what fails below is the content's fault
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {path}") from None
-    except OSError:
-        raise
+        state = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as e:
         message = f"{path} is not a checkpoint of plain tensors that can be read safely: {e}"
         raise ValueError(message.splitlines()[0]) from None
@@ -2358,10 +2358,9 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     names = [folder / name for name in ("checkpoint.pt", "checkpoint.prev.pt")]
     names = [path for path in names if path.exists()]
     for path in names:
+        content = io.BytesIO(path.read_bytes())  # so that what fails below is damage
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:  # not ours to read: no damage
-            raise
+            return torch.load(content, map_location="cpu", weights_only=True)
         except Exception as e:
             print(f"warning: {path} is damaged ({repr(e)[:200]})", file=sys.stderr)
     if names:
@@ -2827,10 +2826,9 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     trainer = Trainer(config, folder, _on(device, train_set, config.n_train), aux)
     start = time.time()
     trainer.run()
-    if trainer.world > 1:
+    if trainer.rank:  # rank 0 evaluates and writes, the others wait for it
         torch.distributed.barrier()
-        if trainer.rank:
-            return {}
+        return {}
     score = METHODS[config.method].score
     names = [score] if config.aux else POST_HOC_ROWS
     results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
@@ -2838,6 +2836,8 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     results["score"] = score
     trainer.save(gamma=results["gamma"][score], score=score)
     save_results(folder, results | environment(), raw)
+    if trainer.world > 1:
+        torch.distributed.barrier()
     return results
 
 
@@ -3466,21 +3466,18 @@ def command_bench(args: argparse.Namespace) -> None:
         print("Without scikit-learn its baselines are left out (pip install scikit-learn).")
 
 
-DEMO = {  # small enough for two CPU cores and a few minutes; the paper's protocol is not
-    "id": "synthetic",
-    "arch": "wrn10_1",
-    "batch": 32,
-}
+DEMO = {"id": "synthetic", "arch": "wrn10_1", "batch": 32}  # for two CPU cores and a few minutes
 
 
 def command_demo(args: argparse.Namespace) -> None:
     """Pre-train, fine-tune with and without the gradient term and sampling, and print a table."""
-    data = DataOptions()
-    pretrained = args.runs / "ce"
-    results = [train(Config("ce", epochs=8, **DEMO), pretrained, args.device, data)]
+    data, start = DataOptions(), args.runs / "ce"
+    results = [train(Config("ce", epochs=8, **DEMO), start, args.device, data)]
+    short = {"epochs": 2, "n_train": 2560, "lr": 0.01, "schedule": "cosine", "init": str(start)}
     for method in "energy", "greg", "greg+":
-        config = Config(method, init=str(pretrained), epochs=2, lr=0.01, schedule="cosine", **DEMO)
+        config = Config(method, **DEMO, **short)
         results.append(train(config, args.runs / method, args.device, data))
+    results[0] |= {"metrics": {"energy": results[0]["metrics"]["energy"]}}
     print(results_table(results))
     print(f"Runs, logs and raw scores: {args.runs}. One seed, built-in synthetic images.")
 
@@ -3733,6 +3730,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except torch.cuda.OutOfMemoryError:
         print("greg: error: the GPU's memory is too small: --amp or --batch", file=sys.stderr)
         return 2
+    finally:
+        if world()[1] > 1:
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -2730,12 +2730,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(number, files, pretrain
     assert not list((tmp_path / "killed").glob("*.tmp"))
 
 
-def test_the_checkpoint_before_a_damaged_one_is_used_and_said(pretrained, tmp_path, capsys):
+@pytest.mark.parametrize("left", [0, 1, 500, 5000, -1])
+def test_the_checkpoint_before_a_damaged_one_is_used_and_said(pretrained, tmp_path, capsys, left):
     config = started_from(pretrained, "energy")
     trainer(config, tmp_path).run()
     whole = weights(tmp_path)
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:5000])
+    path.write_bytes(path.read_bytes()[:left])
     t = trainer(config, tmp_path)
     t.run()
     assert "damaged" in capsys.readouterr().err and torch.equal(weights(tmp_path), whole)
