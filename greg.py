@@ -45,7 +45,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -1549,7 +1549,7 @@ def ood_metrics(s_in: Tensor, s_out: Tensor, name: str = "OOD") -> dict[str, flo
 class Images(NamedTuple):
     """A data set: x [N,H,W,3] uint8, y [N] int64 labels or None, its name, its classes' names."""
 
-    x: Tensor
+    x: Tensor | Files
     y: Tensor | None
     name: str
     classes: tuple[str, ...] = ()
@@ -1738,6 +1738,7 @@ class Source(NamedTuple):
 _KRIZ, _VGG = "https://www.cs.toronto.edu/~kriz/", "https://www.robots.ox.ac.uk/~vgg/data/dtd/"
 _NG, _MIT = "http://ufldl.stanford.edu/housenumbers/", "http://data.csail.mit.edu/places/"
 _BOX, _BERKELEY = "https://www.dropbox.com/s/", "https://people.eecs.berkeley.edu/~hendrycks/"
+_MOS = "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset/"
 SOURCES: dict[str, Source] = {
     # file and md5 as in torchvision
     "cifar10": Source(
@@ -1766,10 +1767,17 @@ SOURCES: dict[str, Source] = {
     "isun": Source(
         _BOX + "ssz7qxfqae0cca5/iSUN.tar.gz?dl=1", "be77b0f2c26fda898afac5f99645ee70", "iSUN", 8925
     ),
+    # the 10,000 images each of MOS, md5 as in detectors
+    "inaturalist": Source(
+        _MOS + "iNaturalist.tar.gz", "5be6ea8aa027d7b631916427b32cb335", "iNaturalist", 10000
+    ),
+    "sun": Source(_MOS + "SUN.tar.gz", "8469c3ada62211477954ec1be53b12d0", "SUN", 10000),
+    "places": Source(_MOS + "Places.tar.gz", "b5cb5eba2754ae2a28beea8718db699a", "Places", 10000),
     # outlier-exposure's; md5 as in pytorch-ood
     "random300k": Source(_BERKELEY + "300K_random_images.npy", "64ca64357de98351f28454274a112dc3"),
 }
 PAPER_OOD = ("svhn", "textures", "places365", "lsun_c", "lsun_r", "isun")  # of Tables 1 and 2
+IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 
 def extract(archive: str | Path, folder: str | Path) -> None:
@@ -1833,26 +1841,34 @@ def _locate(name: str, root: str | Path, download: bool) -> Path:
     return target if source.folder else file
 
 
-def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
-    """An image file as RGB, short side resized to `size` (bilinear), centre crop: [1,size,size,3].
-
-    Raises FileNotFoundError without the file, ValueError naming a file that cannot be read.
-    """
+def _open(path: str | Path) -> Any:
+    """An image file as RGB, by Pillow: greyscale, palettes and CMYK too."""
     from PIL import Image
-    from torchvision.transforms import functional as T
 
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # the conversion to 8 bits would clip, not scale
                 raise ValueError(f"mode {image.mode} has more than 8 bits a channel")
-            image = image.convert("RGB")
+            return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except Exception as e:  # Pillow's decoders raise whatever they stumble over
         raise ValueError(f"{path} is not an image that can be read: {e}") from None
+
+
+def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
+    """An image file as RGB, short side resized (bilinear), centre crop: [1,size,size,3] uint8.
+
+    The short side becomes `size`; of large images (size >= 128) size · 256 / 224, as is usual on
+    ImageNet. Raises FileNotFoundError without the file, ValueError naming one that cannot be read.
+    """
+    from torchvision.transforms import functional as T
+
+    image = _open(path)
     if not resize and min(image.size) < size:
         raise ValueError(f"{path} is {image.size}, smaller than the crop of {size}×{size}")
-    image = T.resize(image, size, antialias=True) if resize else image
+    if resize:
+        image = T.resize(image, size if size < 128 else size * 256 // 224, antialias=True)
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
@@ -1865,9 +1881,33 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(files: list[Path], size: int, resize: bool = True) -> Tensor:
+def _decode(files: Sequence[Path], size: int, resize: bool = True, skip: bool = False) -> Images:
+    """All files in memory, y their positions: with `skip`, those that can be read."""
+    x, corrupt = torch.empty(len(files), size, size, 3, dtype=torch.uint8), []
+
+    def read(i: int) -> bool:
+        try:
+            x[i] = load_image(files[i], size, resize)[0]
+        except ValueError as e:
+            if not skip:
+                raise ValueError(f"{e}; --skip-corrupt leaves such files out") from None
+            corrupt.append(f"{files[i]}")
+        return str(files[i]) not in corrupt
+
     with ThreadPoolExecutor() as pool:
-        return torch.cat(list(pool.map(lambda f: load_image(f, size, resize), files)))
+        good = torch.tensor(list(pool.map(read, range(len(files)))))
+    report_corrupt(corrupt)
+    if not good.any():
+        raise ValueError(f"none of the {len(files)} images around {files[0]} can be read")
+    return Images(x if good.all() else x[good], good.nonzero()[:, 0], "")
+
+
+def report_corrupt(names: Sequence[str]) -> None:
+    """Name and count the files that --skip-corrupt left out."""
+    if names:
+        more = ", ..." if len(names) > 5 else ""
+        text = ", ".join(sorted(names)[:5]) + more
+        print(f"warning: left out {len(names)} corrupt files: {text}", file=sys.stderr)
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -1924,10 +1964,11 @@ def _mixed(images: Images) -> Images:
     if (images.y.diff() < 0).any():
         return images
     order = torch.randperm(len(images.y), generator=torch.Generator().manual_seed(0))
-    return images._replace(x=images.x[order], y=images.y[order])
+    x = images.x.select(order) if isinstance(images.x, Files) else images.x[order]
+    return images._replace(x=x, y=images.y[order])
 
 
-def _id_folder(path: Path, size: int) -> tuple[Images, Images]:
+def _id_folder(path: Path, size: int, skip: bool) -> tuple[Images, Images]:
     splits, classes = [], None
     for part in (path / "train", path / "test"):
         if not part.is_dir():
@@ -1935,22 +1976,171 @@ def _id_folder(path: Path, size: int) -> tuple[Images, Images]:
         names = sorted(p.name for p in part.iterdir() if p.is_dir() and p.name[0] != ".")
         if not names or names != (classes or names):
             raise ValueError(f"{part} must have the same class folders as train, has {names[:9]}")
-        classes, files = names, [_files(part / c) for c in names]
-        y = torch.arange(len(names)).repeat_interleave(torch.tensor([len(f) for f in files]))
-        x = _decode(sum(files, []), size)
-        splits.append(_mixed(Images(x, y, path.name, tuple(names))))
+        classes, (files, y) = names, _class_files(part, names)
+        decoded = _decode(files, size, skip=skip)
+        splits.append(_mixed(Images(decoded.x, y[decoded.y], path.name, tuple(names))))
     return splits[0], splits[1]
 
 
-def load_id(
-    name: str, root: str | Path = "data", download: bool = False, seed: int = 0, size: int = 32
-) -> tuple[Images, Images]:
-    """In-distribution training and test images: "cifar10", "cifar100", "synthetic" or a path.
+def _class_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
+    """The image files below folder/CLASS for each class, and their labels."""
+    files = [_files(folder / name) for name in names]
+    y = torch.arange(len(names)).repeat_interleave(torch.tensor([len(f) for f in files]))
+    return sum(files, []), y
 
-    A path is an .npz with x_train, y_train, x_test, y_test, or a folder train|test/CLASS/*.png
-    (decoded at size×size). `seed` is that of "synthetic". Raises FileNotFoundError for a set that
-    is not there, saying where it comes from; ValueError for one that is damaged or malformed.
+
+# The released code's ten ID classes; it takes the first of a fixed permutation of all 1,000.
+_TEN = (
+    "n02396427 n04141975 n02834397 n02111277 n03534580 n01877812 n02837789 n01443537 n02114367 "
+    "n03857828"
+)
+
+
+class Files:
+    """Images that stay files, for sets beyond memory: a lazy uint8 [N,size,size,3].
+
+    x[i], of a slice or indices, has them as `load_image`, by threads; `crop` is a random crop for
+    training. A file that cannot be read is a ValueError that names it. With skip_corrupt the next
+    one of the same class takes its place, and its name goes to `corrupt`.
     """
+
+    def __init__(self, files: Sequence[Path], y: Tensor, size: int, skip_corrupt: bool = False):
+        import numpy as np
+
+        # One array, not a million objects, whose reference counts would copy it to every worker.
+        self.files, self.y = np.array([os.fsencode(f) for f in files]), y
+        self.size, self.skip_corrupt, self.corrupt = size, skip_corrupt, set()
+        self.shape, self.device = (len(files), size, size, 3), torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: slice | Tensor) -> Tensor:
+        with ThreadPoolExecutor() as pool:
+            index = torch.arange(len(self))[index].tolist()
+            return torch.cat(list(pool.map(lambda i: self._read(load_image, i), index)))
+
+    def content(self, i: int) -> Tensor:
+        """The bytes of file i."""
+        return torch.frombuffer(
+            bytearray(Path(os.fsdecode(self.files[i])).read_bytes()), dtype=torch.uint8
+        )
+
+    def select(self, index: slice | Tensor) -> Files:
+        """Some of the files, in the order of the index."""
+        files = [os.fsdecode(f) for f in self.files[index]]
+        return Files(files, self.y[index], self.size, self.skip_corrupt)
+
+    def crop(self, i: int, seed: int) -> Tensor:
+        """The random crop (8 to 100 % of the area) and flip of a seed: [1,size,size,3] uint8."""
+        return self._read(lambda path, size: random_crop(_open(path), size, seed), i)
+
+    def _read(self, load: Callable[[str, int], Tensor], i: int) -> Tensor:
+        j = i
+        while True:
+            path = os.fsdecode(self.files[j])
+            try:
+                return load(path, self.size)
+            except ValueError as e:
+                if not self.skip_corrupt:
+                    raise ValueError(f"{e}; --skip-corrupt leaves such files out") from None
+            self.corrupt.add(path)
+            same = (self.y == self.y[i]).nonzero()[:, 0]
+            j = int(same[(torch.searchsorted(same, j) + 1) % len(same)])
+            if j == i:
+                raise ValueError(f"no file of the class of {path} can be read")
+
+
+def random_crop(image: Any, size: int, seed: int) -> Tensor:
+    """torchvision's RandomResizedCrop and flip as a function of the seed: [1,size,size,3] uint8.
+
+    `image` is Pillow's or a uint8 tensor [3,H,W] on any device: the crop is the same.
+    """
+    from torchvision.transforms import RandomResizedCrop
+    from torchvision.transforms import functional as T
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        box = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+        flip = torch.rand(()) < 0.5
+    image = T.resized_crop(image, *box, [size, size], antialias=True)
+    image = T.hflip(image) if flip else image
+    image = image if isinstance(image, Tensor) else T.pil_to_tensor(image)
+    return image.permute(1, 2, 0)[None].contiguous()
+
+
+def imagenet_classes(folder: Path, classes: str = "") -> list[str]:
+    """ID classes among ImageNet's: the released code's ten (""), a number N, or names.
+
+    N: the first of the released code's permutation of the sorted folders (which for 10 of 1,000 are
+    its ten). Names: with commas, or a file of them. ValueError for a class without a folder.
+    """
+    import numpy as np
+
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"no {folder}: ImageNet is read from imagenet/train|val/WNID/*.JPEG"
+        )
+    known = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    if classes.isdigit():
+        chosen = np.random.RandomState(1993).permutation(len(known))[: int(classes)]
+        names = [known[i] for i in chosen]
+    else:
+        text = Path(classes).read_text() if Path(classes).is_file() else classes or _TEN
+        names = text.replace(",", " ").split()
+    if absent := [name for name in names if name not in known]:
+        raise ValueError(
+            f"{folder} has no class {absent[0]!r} ({len(known)} others); choose ID "
+            "classes with --id imagenet:NAME,NAME or imagenet:NUMBER"
+        )
+    if not 2 <= len(names) < len(known) or len(set(names)) < len(names):
+        raise ValueError(
+            f"need two or more of the {len(known)} classes, each once, and some left "
+            f"over as auxiliary data; got {len(names)}"
+        )
+    return names
+
+
+def load_imagenet(
+    part: str, root: Path, classes: str = "", size: int = 224, skip: bool = False
+) -> Images:
+    """ImageNet's "train" or "val" images of the ID classes, or "aux": training images of the rest.
+
+    root/train/WNID/*.JPEG and root/val/WNID/*.JPEG, as torchvision has them too. "val" is decoded,
+    the others stay files.
+    """
+    names = imagenet_classes(root / "train", classes)
+    if part == "aux":
+        rest = (p.name for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != ".")
+        files, y = _class_files(root / "train", sorted(set(rest) - set(names)))
+        return Images(Files(files, y, size, skip), None, "imagenet")
+    files, y = _class_files(root / part, names)
+    if part == "val":
+        decoded = _decode(files, size, skip=skip)
+        return _mixed(Images(decoded.x, y[decoded.y], "imagenet", tuple(names)))
+    return _mixed(Images(Files(files, y, size, skip), y, "imagenet", tuple(names)))
+
+
+def load_id(
+    name: str,
+    root: str | Path = "data",
+    download: bool = False,
+    seed: int = 0,
+    size: int = 32,
+    skip_corrupt: bool = False,
+) -> tuple[Images, Images]:
+    """In-distribution training and test images: a name or a path.
+
+    Names: cifar10, cifar100, synthetic (of `seed`), imagenet or imagenet:CLASSES (see
+    `imagenet_classes`), below root/imagenet. A path is an .npz with x_train, y_train, x_test,
+    y_test, or a folder train|test/CLASS/*.png. Files become size×size. Raises FileNotFoundError for
+    a set that is not there, saying where it comes from; ValueError for one that is damaged.
+    """
+    kind, _, classes = name.partition(":")
+    if kind == "imagenet":
+        folder, options = Path(root) / "imagenet", (classes, size, skip_corrupt)
+        train, test = (load_imagenet(part, folder, *options) for part in ("train", "val"))
+        return train, test
     if name == "synthetic":
         return synthetic("train", seed=seed), synthetic("test", seed=seed)
     if name in ("cifar10", "cifar100"):
@@ -1966,8 +2156,8 @@ def load_id(
             for s in sets
         )
         return a, b
-    path = _existing(name, "cifar10, cifar100, synthetic")
-    return _id_folder(path, size) if path.is_dir() else _id_arrays(path)
+    path = _existing(name, "cifar10, cifar100, synthetic, imagenet")
+    return _id_folder(path, size, skip_corrupt) if path.is_dir() else _id_arrays(path)
 
 
 def _existing(path: str | Path, known: str) -> Path:
@@ -1976,10 +2166,10 @@ def _existing(path: str | Path, known: str) -> Path:
     return Path(path)
 
 
-def _unlabelled(path: Path, size: int, name: str) -> Images:
+def _unlabelled(path: Path, size: int, name: str, skip: bool = False) -> Images:
     """Images of an .npy, an .npz (its x, or else its first array) or below a folder."""
     if path.is_dir():
-        return Images(_decode(_files(path), size), None, name)
+        return Images(_decode(_files(path), size, skip=skip).x, None, name)
     arrays = _arrays(path)
     if not arrays:
         raise ValueError(f"{path} holds no array")
@@ -1996,19 +2186,31 @@ def _check_size(images: Images, size: int, what: str) -> None:
 
 
 def load_aux(
-    name: str, root: str | Path = "data", download: bool = False, seed: int = 0, size: int = 32
+    name: str,
+    root: str | Path = "data",
+    download: bool = False,
+    seed: int = 0,
+    size: int = 32,
+    skip_corrupt: bool = False,
 ) -> Images:
-    """Auxiliary outliers: "random300k" (memory-mapped), "synthetic", or a path as in `load_ood`."""
+    """Auxiliary outliers: "random300k" (memory-mapped), "synthetic", or a path as in `load_ood`.
+
+    imagenet or imagenet:CLASSES: the training images of all classes but these, as files.
+    """
+    kind, _, classes = name.partition(":")
+    if kind == "imagenet":
+        return load_imagenet("aux", Path(root) / "imagenet", classes, size, skip_corrupt)
     if name == "synthetic":
         images = synthetic("aux", seed=seed)
         _check_size(images, size, "the auxiliary set")
         return images
     if name == "random300k":
         return _unlabelled(_locate(name, root, download), size, name)
-    return _unlabelled(_existing(name, "random300k, synthetic"), size, Path(name).stem)
+    known = "random300k, synthetic, imagenet"
+    return _unlabelled(_existing(name, known), size, Path(name).stem, skip_corrupt)
 
 
-def _published_ood(name: str, root: str | Path, download: bool, size: int) -> Images:
+def _published_ood(name: str, root: str | Path, download: bool, size: int, skip: bool) -> Images:
     place = _locate(name, root, download)
     if name == "svhn":
         from torchvision.datasets import SVHN
@@ -2023,49 +2225,81 @@ def _published_ood(name: str, root: str | Path, download: bool, size: int) -> Im
         keep = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:10000]
         files = [files[i] for i in keep.sort().values.tolist()]
     # LSUN-C has larger images (36×36 in ODIN's file): cropped, not resized, as in the released code
-    return Images(_decode(files, size, resize=name != "lsun_c"), None, name)
+    return Images(_decode(files, size, name != "lsun_c", skip).x, None, name)
 
 
 def load_ood(
-    specs: list[str], root: str | Path = "data", download: bool = False, size: int = 32
+    specs: list[str],
+    root: str | Path = "data",
+    download: bool = False,
+    size: int = 32,
+    skip_corrupt: bool = False,
+    benchmark: Sequence[str] = PAPER_OOD,
 ) -> tuple[dict[str, Images], list[str]]:
     """OOD test sets by name, and the benchmark's sets that are left out, for the table to say so.
 
-    A spec is one of PAPER_OOD; "available", those of them that are there; "synthetic", all six
-    families; or NAME=PATH, an .npy or .npz of uint8 [N,H,W,3] or a folder of images at any depth
-    (resized and centre-cropped). Raises FileNotFoundError for a set that is not there, saying where
-    it comes from; ValueError for one that is damaged or malformed, or named twice.
+    A spec is one of PAPER_OOD or IMAGENET_OOD; "available", those of the benchmark that are there;
+    "synthetic", all six families; or NAME=PATH, an .npy or .npz of uint8 [N,H,W,3] or a folder of
+    images at any depth (resized and centre-cropped). Raises FileNotFoundError for a set that is not
+    there, saying where it comes from; ValueError for one that is damaged or malformed, or named
+    twice.
     """
-    sets, benchmark = {}, _OOD if set(specs) <= {"synthetic", *_OOD} else PAPER_OOD
+    sets, known = {}, benchmark
+    benchmark = _OOD if set(specs) <= {"synthetic", *_OOD} else benchmark
     families = [f for spec in specs for f in (_OOD if spec == "synthetic" else [spec])]
     for spec in families:
-        for name in PAPER_OOD if spec == "available" else [spec]:
+        for name in known if spec == "available" else [spec]:
             name, _, path = name.partition("=")
             if name in sets:
                 raise ValueError(f"the OOD set {name} is given twice")
             try:
-                sets[name] = _load_ood(name, path, root, download, size)
+                sets[name] = _load_ood(name, path, root, download, size, skip_corrupt)
             except FileNotFoundError:
                 if spec != "available":
                     raise
     if not sets:
-        raise ValueError(
-            f"no OOD set to evaluate on: name some with --ood ({', '.join(PAPER_OOD)})"
-        )
+        raise ValueError(f"no OOD set to evaluate on: name some with --ood ({', '.join(known)})")
     for name, images in sets.items():
         _check_size(images, size, f"the OOD set {name}")
     return sets, [name for name in benchmark if name not in sets]
 
 
-def _load_ood(name: str, path: str, root: str | Path, download: bool, size: int) -> Images:
-    known = ", ".join((*PAPER_OOD, "available", "synthetic", *_OOD, "NAME=PATH"))
+def _load_ood(
+    name: str, path: str, root: str | Path, download: bool, size: int, skip: bool
+) -> Images:
+    names = dict.fromkeys((*PAPER_OOD, *IMAGENET_OOD))
+    known = ", ".join((*names, "available", "synthetic", *_OOD, "NAME=PATH"))
     if path:
-        return _unlabelled(_existing(path, known), size, name)
+        return _unlabelled(_existing(path, known), size, name, skip)
     if name in _OOD:
         return synthetic(name)
-    if name not in PAPER_OOD:
+    if name not in names:
         raise ValueError(f"no OOD set {name!r}; there are {known}")
-    return _published_ood(name, root, download, size)
+    return _published_ood(name, root, download, size, skip)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where data sets lie, whether absent ones may be fetched, how files are read."""
+
+    root: str = "data"
+    download: bool = False
+    ood: tuple[str, ...] = ()  # () is the benchmark's
+    skip_corrupt: bool = False
+    workers: int = 4
+    decode: str = "cpu"  # device that decodes the JPEG files of a training stream
+    candidate_chunk: int = 512
+
+    def load(self, id: str, size: int) -> tuple[Images, Images, dict[str, Images], list[str]]:
+        """ID training and test images, the OOD sets, and the names of those left out."""
+        train_set, test_set = load_id(
+            id, self.root, self.download, size=size, skip_corrupt=self.skip_corrupt
+        )
+        size = train_set.x.shape[1]
+        benchmark = IMAGENET_OOD if id.partition(":")[0] == "imagenet" else PAPER_OOD
+        names = self.ood or (["synthetic"] if id == "synthetic" else benchmark)
+        options = self.root, self.download, size, self.skip_corrupt, benchmark
+        return train_set, test_set, *load_ood(list(names), *options)
 
 
 # ==================================================================================================
@@ -2237,8 +2471,14 @@ class Config:
     """One training run. A None is filled from the method's recipe by `resolve`."""
 
     method: str = option("greg", "row of METHODS")
-    id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, an .npz file or a folder")
-    aux: str = option("", "auxiliary data: random300k (default), synthetic, .npy/.npz or a folder")
+    id: str = option(
+        "cifar10",
+        "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], an .npz file or a folder",
+    )
+    aux: str = option(
+        "", "auxiliary data: random300k (default), synthetic, imagenet, .npy/.npz or a folder"
+    )
+    size: int = option(224, "side of ImageNet's images")
     arch: str = option("wrn40_2", "network: one of ARCHS")
     seed: int = option(0, "fixes initialisation, order, augmentation and sampling")
     init: str = option("", "run folder or weights file to start from (fine-tuning needs one)")
@@ -2250,6 +2490,9 @@ class Config:
     batch: int | None = option(None, "ID images a step = clusters k (recipe)")
     wd: float | None = option(None, "weight decay (recipe)")
     candidates: int = option(6, "least auxiliary candidates for each ID image when sampling")
+    aux_epoch: int = option(
+        600_000, "auxiliary images an epoch when sampling, drawn afresh (all, if fewer)"
+    )
     n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
     n_aux: int = option(0, "cut the auxiliary set to its first N images (0: all)")
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
@@ -2261,6 +2504,7 @@ class Config:
         "", "normalisation: a key of STATS (default: the start's, the ID data's, else cifar10)"
     )
     amp: bool = option(False, "bfloat16 autocast")
+    sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
 
 
@@ -2270,19 +2514,25 @@ def resolve(config: Config) -> Config:
         if getattr(config, name) not in table:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; one of {', '.join(table)}")
     method = METHODS[config.method]
-    fill = RECIPES[method.recipe] | {"lambda_s": method.lambda_s}
+    kind = config.id.partition(":")[0]
+    # On ImageNet everything is a fine-tune (Section 6.1): of DenseNet-121 with a new head.
+    recipe = "finetune" if kind == "imagenet" else method.recipe
+    fill = RECIPES[recipe] | {"lambda_s": method.lambda_s}
     fill = {k: v for k, v in fill.items() if getattr(config, k) is None}
     if not method.sampler.share:
         fill["aux"] = ""
     elif not config.aux:
-        fill["aux"] = "synthetic" if config.id == "synthetic" else "random300k"
+        own = config.id if kind in ("synthetic", "imagenet") else "random300k"
+        fill["aux"] = own
+    if (kind, config.method, config.arch) == ("imagenet", "ce", "densenet121"):
+        fill["init"] = config.init or "torchvision"
     if not config.stats:  # normalisation belongs to a network: a fine-tune keeps its start's
         start = Path(config.init, "config.json")
         known = config.init and start.is_file()
-        stats = json.loads(start.read_text())["stats"] if known else config.id
+        stats = json.loads(start.read_text())["stats"] if known else kind
         fill["stats"] = stats if stats in STATS else "cifar10"
     config = replace(config, **fill)
-    for name in "epochs", "lr", "batch", "candidates":
+    for name in "epochs", "lr", "batch", "candidates", "aux_epoch", "size":
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
     try:
@@ -2302,7 +2552,7 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"unknown --stats {config.stats!r}; one of {', '.join(STATS)}")
     if config.m_in >= config.m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {config.m_in}, {config.m_aux}")
-    if method.recipe == "finetune" and not config.init:
+    if recipe == "finetune" and config.method != "ce" and not config.init:
         raise ValueError(f"{config.method} fine-tunes a pre-trained network: name it with --init")
     return config
 
@@ -2320,8 +2570,12 @@ def rng(device: torch.device | str, *key: object) -> torch.Generator:
     All randomness of step t in epoch e comes from (seed, e, t), so that a resumed run repeats an
     undisturbed one without any generator's state being saved.
     """
-    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-    return torch.Generator(device).manual_seed(seed)
+    return torch.Generator(device).manual_seed(hashed(*key))
+
+
+def hashed(*key: object) -> int:
+    """A seed that is a function of `key` alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
 
 
 def world() -> tuple[int, int]:
@@ -2333,12 +2587,18 @@ def world() -> tuple[int, int]:
 def write_atomically(path: Path, write: Callable[[Path], object], keep: str = "") -> None:
     """write(temporary file), flush it to the disk, rename it: `path` is never half-written.
 
-    The file that was there before is kept under the name `keep`, if one is given.
+    The file that was there before is kept under the name `keep`, if one is given. A write that
+    fails leaves it as it was, and no temporary file.
     """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb") as f:
-        os.fsync(f.fileno())
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        what = f"{path} could not be written ({e.strerror or e})"
+        raise OSError(f"{what}; what was saved before is intact: make room and run again") from e
     if keep and path.exists():
         os.replace(path, path.with_name(keep))
     os.replace(temporary, path)
@@ -2368,15 +2628,49 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def build(arch: str, K: int, init: str = "", seed: int = 0, extra: int = 0) -> Net:
+_DENSENET121 = "https://download.pytorch.org/models/densenet121-a639ec97.pth"
+
+
+def torchvision_weights(root: str | Path, download: bool) -> Path:
+    """torchvision's DenseNet-121, 1,000 classes; its name holds the first digits of its SHA-256."""
+    path = Path(root) / Path(_DENSENET121).name
+    if not path.exists() and not download:
+        message = f"no {path}: run again with --download, or put the file of {_DENSENET121} there"
+        raise FileNotFoundError(f"{message}; or start from other weights with --init")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(_DENSENET121, str(path))
+        except OSError as e:
+            raise FileNotFoundError(f"{_DENSENET121} could not be fetched ({e})") from None
+    if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:]):
+        raise ValueError(f"{path} is damaged (SHA-256); delete it and fetch it again")
+    return path
+
+
+def build(
+    arch: str,
+    K: int,
+    init: str = "",
+    seed: int = 0,
+    extra: int = 0,
+    data: DataOptions | None = None,
+) -> Net:
     """Network `arch` with K + extra outputs, from `seed`, or from a run folder or weights file.
 
-    `init` has K outputs; a further one starts from the seed.
+    `init` has K outputs; a further one starts from the seed. "torchvision": DenseNet-121 trained
+    on ImageNet, with a new head.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = ARCHS[arch](K + extra)
-    if init:
+    if init == "torchvision":
+        if arch != "densenet121":
+            raise ValueError(f"--init torchvision is a densenet121, not a {arch}")
+        data = data or DataOptions()
+        weights = torchvision_weights(data.root, data.download)
+        net.features = load_weights(ARCHS[arch](1000), str(weights)).features
+    elif init:
         path = Path(init) / "checkpoint.pt" if Path(init).is_dir() else Path(init)
         start = load_weights(ARCHS[arch](K), str(path))
         net.features.load_state_dict(start.features.state_dict())
@@ -2396,9 +2690,130 @@ def embed(net: Net, x: Tensor, amp: bool = False, chunk: int = 1024) -> tuple[Te
 
 
 def _on(device: torch.device, images: Images, n: int) -> Images:
-    """The first n images (0: all) on the device."""
-    x, y = images.x[: n or None].to(device), images.y
-    return images._replace(x=x, y=None if y is None else y[: n or None].to(device))
+    """The first n images (0: all) on the device; files stay files."""
+    cut, y = slice(n or None), images.y
+    x = images.x.select(cut) if isinstance(images.x, Files) else images.x[cut].to(device)
+    return images._replace(x=x, y=None if y is None else y[cut].to(device))
+
+
+class Stream:
+    """Random crops of files, decoded ahead of time by a DataLoader's workers, chunk by chunk.
+
+    A part is (files, key, indices, positions): the crop of the image at position p of the epoch
+    has the seed (*key, p). With raw, the bytes come undecoded. What cannot be read is passed on as
+    the error's text: a worker's own error would reach the user as a stack trace.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Files, tuple, Tensor, Tensor]], raw: bool = False):
+        self.parts, self.raw = parts, raw
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, j: int) -> tuple[Tensor | list[Tensor], set[str], str]:
+        files, key, index, positions = self.parts[j]
+        try:
+            if self.raw:
+                return [files.content(i) for i in index.tolist()], set(), ""
+            seeds = [hashed(*key, p) for p in positions.tolist()]
+            pairs = zip(index.tolist(), seeds, strict=True)
+            return torch.cat([files.crop(i, seed) for i, seed in pairs]), files.corrupt, ""
+        except (ValueError, OSError) as e:
+            return [], files.corrupt, str(e)
+
+    def decode(self, j: int, raw: list[Tensor], device: str) -> tuple[Tensor, set[str], str]:
+        """Chunk j from its bytes on the device, with the same crops.
+
+        A chunk with a file that is no intact RGB or grey JPEG goes through Pillow.
+        """
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        _, key, _, positions = self.parts[j]
+        try:
+            images = decode_jpeg(raw, mode=ImageReadMode.RGB, device=device)
+        except RuntimeError:
+            return Stream(self.parts)[j]
+        seeds = [hashed(*key, p) for p in positions.tolist()]
+        size, pairs = self.parts[j][0].size, zip(images, seeds, strict=True)
+        return torch.cat([random_crop(image, size, seed) for image, seed in pairs]), set(), ""
+
+    def read(self, data: DataOptions) -> Iterator[tuple[Tensor, set[str], str]]:
+        """The chunks in their order."""
+        ahead = {"prefetch_factor": 4} if data.workers else {}
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, num_workers=data.workers, collate_fn=_same,
+            worker_init_fn=_leave_signals_to_the_parent, **ahead,
+        )  # fmt: skip
+        for j, (x, corrupt, error) in enumerate(loader):
+            yield self.decode(j, x, data.decode) if self.raw and not error else (x, corrupt, error)
+
+
+def _same(v: Any) -> Any:
+    return v
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes; so is its derivative, and that one's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        torch.distributed.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, g):
+        return _Sum.apply(g)
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, of equal size.
+
+    PyTorch's SyncBatchNorm has no double backward, which the gradient term needs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        shape, R = (1, -1, 1, 1), world()[1]
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = _Sum.apply(wide.mean((0, 2, 3))) / R
+            wide = wide - mean.view(shape)
+            var = _Sum.apply(wide.square().mean((0, 2, 3))) / R
+            n = R * x.numel() / x.shape[1]
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (n / (n - 1)), self.momentum)
+                self.num_batches_tracked += 1
+            factor = self.weight * (var + self.eps).rsqrt()
+            return (wide * factor.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def synchronise(net: Net) -> Net:
+    """The same network, same weights, with `SyncBatchNorm2d` for every batch norm."""
+    for m in net.modules():
+        if type(m) is nn.BatchNorm2d:
+            m.__class__ = SyncBatchNorm2d
+    return net
+
+
+def gathered(part: Tensor, n: int) -> Tensor:
+    """The whole [n,...] on every process, of which each has the rows rank::world, on the CPU."""
+    size, part = world()[1], part.detach().cpu()
+    if size == 1:
+        return part
+    parts: list[Tensor] = [part] * size
+    torch.distributed.all_gather_object(parts, part)
+    whole = part.new_empty(n, *part.shape[1:])
+    for rank, rows in enumerate(parts):
+        whole[rank::size] = rows
+    return whole
 
 
 def check_same(config: Config, saved: dict[str, Any], folder: Path) -> None:
@@ -2410,6 +2825,9 @@ def check_same(config: Config, saved: dict[str, Any], folder: Path) -> None:
         raise ValueError(f"{folder} holds another run ({what}); choose another --out")
 
 
+SYNC_STEPS = 20  # steps between two looks at the loss
+STREAM_CHUNK = 32  # files decoded by a worker at a time
+SAVE_SECONDS = 600  # within an epoch; at its end in any case
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
 
 
@@ -2418,20 +2836,34 @@ class Trainer:
 
     Started by torchrun, each rank takes its share of every ID batch and of its candidates, which
     it clusters on its own: Algorithm 1 clusters a mini-batch, and a rank's mini-batch is its
-    share. The gradient of the mean over ranks is that of one process on the union.
+    share. The gradient of the mean over ranks is that of one process on the union, where batch
+    statistics are synchronised (`sync_bn`) or fixed.
     """
 
-    def __init__(self, config: Config, folder: Path, train_set: Images, aux_set: Images | None):
-        self.config, self.method = config, METHODS[config.method]
-        self.folder, self.device, self.train_set = folder, train_set.x.device, train_set
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        train_set: Images,
+        aux_set: Images | None,
+        device: torch.device | None = None,
+        data: DataOptions | None = None,
+    ):
+        self.config, self.method, self.data = config, METHODS[config.method], data or DataOptions()
+        self.folder, self.device, self.train_set = folder, device or train_set.x.device, train_set
         self.aux_set, (self.rank, self.world) = aux_set, world()
         self.share = config.batch // self.world  # ID images of this rank and step
         self.steps = len(train_set.x) // config.batch
         if config.batch % self.world or not self.steps:
             n = len(train_set.x)
             raise ValueError(f"{n} ID images, {self.world} processes: no batch of {config.batch}")
+        need = self.method.sampler.share * config.batch
+        if aux_set and len(aux_set.x) < need:
+            n = len(aux_set.x)
+            raise ValueError(f"{n} auxiliary images, a step needs {need}: more, or a smaller batch")
         K, extra = len(train_set.classes), int(self.method.extra_class)
-        self.net = build(config.arch, K, config.init, config.seed, extra).to(self.device)
+        net = build(config.arch, K, config.init, config.seed, extra, self.data).to(self.device)
+        self.net = synchronise(net) if config.sync_bn and self.world > 1 else net
         if config.channels_last:
             self.net.to(memory_format=torch.channels_last)
         self.model = self.net
@@ -2443,6 +2875,7 @@ class Trainer:
         self.memory: dict[str, Tensor] = {}  # what a sampler or a loss carries between epochs
         self.sums = torch.zeros(len(TERMS), device=self.device)
         self.epoch = self.step = self.stopped_by = 0
+        self.saved, self.corrupt = time.time(), set()
 
     def save(self, **more: Any) -> None:
         """Write all that a resumed run needs; the checkpoint before it stays as .prev.pt.
@@ -2455,7 +2888,11 @@ class Trainer:
             state |= {"optimizer": self.optimizer.state_dict(), "memory": self.memory}
             state |= {"epoch": self.epoch, "step": self.step, "sums": self.sums} | more
             path = self.folder / "checkpoint.pt"
-            write_atomically(path, lambda p: torch.save(state, p), keep="checkpoint.prev.pt")
+            content = io.BytesIO()  # torch.save to a full disk would raise no OSError
+            torch.save(state, content)
+            write = lambda p: p.write_bytes(content.getbuffer())  # noqa: E731
+            write_atomically(path, write, keep="checkpoint.prev.pt")
+        self.saved = time.time()
 
     def resume(self) -> bool:
         """Go on from the folder's checkpoint if there is one; its configuration must be ours."""
@@ -2470,18 +2907,22 @@ class Trainer:
         self.memory = {k: v.to(self.device) for k, v in state["memory"].items()}
         return True
 
-    def batch(self, images: Images, i: Tensor, generator: torch.Generator) -> Tensor:
-        """Images i, cropped, flipped and normalised: float [n,C,H,W] on the device."""
-        x = batch(images.x, i, *STATS[self.config.stats], self.device, generator)
+    def input(self, x: Tensor) -> Tensor:
+        """uint8 [n,H,W,C] -> the network's input, float [n,C,H,W]."""
+        x = normalise(x, *STATS[self.config.stats])
         return x.contiguous(memory_format=torch.channels_last) if self.config.channels_last else x
+
+    def embed(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and features of uint8 images that come in parts: no more are floats at once."""
+        out = [embed(self.net, self.input(x.to(self.device)), self.config.amp) for x in parts]
+        logits, z = (torch.cat(t) for t in zip(*out, strict=True))
+        return logits, z
 
     def embed_images(self, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits and features of images i (all) as they are, without augmentation."""
-        parts = torch.arange(len(images.x), device=self.device) if i is None else i
-        stats, amp = STATS[self.config.stats], self.config.amp
-        out = [embed(self.net, normalise(images.x[j], *stats), amp) for j in parts.split(1000)]
-        logits, z = (torch.cat(t) for t in zip(*out, strict=True))
-        return logits, z
+        i = torch.arange(len(images.x)) if i is None else i
+        parts = i.to(images.x.device).split(self.data.candidate_chunk)
+        return self.embed(images.x[j] for j in parts)
 
     def shuffle(self) -> None:
         """This epoch's order of the ID and auxiliary images; a sampler's pool chooses among them.
@@ -2502,19 +2943,61 @@ class Trainer:
             n = sampler.share * self.config.batch * self.steps
             self.order_aux = self.memory["pool"] = sampler.pool(self, self.order_aux, n, g)
 
+    def plan(self, step: int) -> dict[str, Tensor]:
+        """Positions of this rank's ID and auxiliary images of a step in the epoch's orders."""
+        c, sampler = self.config, self.method.sampler
+        first = step * c.batch + self.rank * self.share
+        positions = {"in": torch.arange(first, first + self.share)}
+        if sampler.share:
+            total = sampler.share * c.batch * self.steps
+            if sampler.pick:  # the whole set each epoch (Section 6.1); a small one several times
+                n = min(len(self.order_aux), c.aux_epoch)
+                total = max(n, c.candidates * c.batch * self.steps)
+            parts, part = self.steps * self.world, step * self.world + self.rank
+            positions["aux"] = torch.arange(total * part // parts, total * (part + 1) // parts)
+        return positions
+
+    def index(self, kind: str, positions: Tensor) -> tuple[Images, Tensor]:
+        """The set of a kind, and its images at these positions of the epoch's order."""
+        images = self.train_set if kind == "in" else self.aux_set
+        order = self.order_in if kind == "in" else self.order_aux
+        i = order[positions.to(order.device) % len(order)]
+        return images, i.to(images.x.device)
+
+    def open_stream(self) -> None:
+        """Have the files of the epoch's remaining steps decoded ahead, in the order of use."""
+        parts, key = [], (self.config.seed, self.epoch)
+        sets = {"in": self.train_set, "aux": self.aux_set}
+        kinds = [k for k, images in sets.items() if images and isinstance(images.x, Files)]
+        plans = (self.plan(step) for step in range(self.step, self.steps)) if kinds else ()
+        for plan in plans:
+            for kind in kinds:
+                for p in plan[kind].split(STREAM_CHUNK):
+                    parts.append((sets[kind].x, (*key, kind), self.index(kind, p)[1], p))
+        self.stream = Stream(parts, self.data.decode != "cpu").read(self.data)
+
+    def fetch(self, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """This step's images of a kind, cropped and flipped: uint8 [n,H,W,C], and their indices."""
+        positions = self.plan(self.step)[kind]
+        images, i = self.index(kind, positions)
+        if not isinstance(images.x, Files):
+            return augment(images.x[i].to(self.device, non_blocking=True), generator), i
+        rows = []
+        for _ in positions.split(STREAM_CHUNK):
+            x, corrupt, error = next(self.stream)
+            if error:
+                raise ValueError(error)
+            self.corrupt |= corrupt
+            rows.append(x.to(self.device, non_blocking=True))
+        return torch.cat(rows), i
+
     def auxiliary(self, generator: torch.Generator) -> Tensor:
         """This step's auxiliary images: drawn at random, or picked among its candidates."""
-        c, sampler, n_aux = self.config, self.method.sampler, len(self.order_aux)
-        total = sampler.share * c.batch * self.steps
-        if sampler.pick:  # the whole set each epoch (Section 6.1); a small one several times
-            total = max(n_aux, c.candidates * c.batch * self.steps)
-        parts, part = self.steps * self.world, self.step * self.world + self.rank
-        lo, hi = total * part // parts, total * (part + 1) // parts
-        i = self.order_aux[torch.arange(lo, hi, device=self.device) % n_aux]
-        x = self.batch(self.aux_set, i, generator)
-        if sampler.pick is None:
-            return x
-        return x[sampler.pick(*embed(self.net, x, c.amp), self.share, generator)]
+        rows, sampler = self.fetch("aux", generator)[0], self.method.sampler
+        if sampler.pick:
+            logits, z = self.embed(rows.split(self.data.candidate_chunk))
+            rows = rows[sampler.pick(logits, z, self.share, generator)]
+        return self.input(rows)
 
     def energy_loss(self, f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
         """Eq. (1) of logits, with this run's margins."""
@@ -2525,9 +3008,8 @@ class Trainer:
         """One step of L = L_CE + λ_S L_S + λ_∇S L_∇S; returns TERMS as one tensor, no sync."""
         c, method, n = self.config, self.method, self.share
         generator = rng(self.device, c.seed, self.epoch, self.step, self.rank)
-        start = self.step * c.batch + self.rank * n
-        i = self.order_in[start : start + n]
-        x_in, y_in = self.batch(self.train_set, i, generator), self.train_set.y[i]
+        rows, i = self.fetch("in", generator)
+        x_in, y_in = self.input(rows), self.train_set.y[i.to(self.device)]
         x_aux = self.auxiliary(generator) if method.sampler.share else x_in[:0]
         aux_loss = method.loss or self.energy_loss
         if method.prepare:
@@ -2559,6 +3041,7 @@ class Trainer:
         from tqdm import tqdm
 
         self.shuffle()
+        self.open_stream()
         self.net.train()
         name, recent = f"{self.config.method} {self.epoch + 1}/{self.config.epochs}", []
         bar = tqdm(total=self.steps, initial=self.step, desc=name, disable=self.rank > 0)
@@ -2567,17 +3050,23 @@ class Trainer:
                 recent.append(self.train_step())
                 self.step += 1
                 stop = self.stopped_by and self.world == 1  # ranks must stop together, below
-                if len(recent) == 20 or self.step == self.steps or stop:
-                    self.check(torch.stack(recent))  # the only host sync: every twentieth step
+                if len(recent) == SYNC_STEPS or self.step == self.steps or stop:
+                    self.check(torch.stack(recent))  # the only host sync
                     recent = []
-                    means = dict(zip(TERMS, (self.sums / self.step).tolist(), strict=True))
                     bar.update(self.step - bar.n)
-                    bar.set_postfix({k: f"{v:.3g}" for k, v in means.items()})
+                    bar.set_postfix({k: f"{v:.3g}" for k, v in self.means().items()})
                     if self.stopped_by:
                         self.save()
                         message = f"stopped by signal {self.stopped_by} and saved in {self.folder}"
                         raise SystemExit(f"{message}; the same command goes on from here")
-        return means
+                    if time.time() - self.saved > SAVE_SECONDS and self.step < self.steps:
+                        self.save()
+        report_corrupt(self.corrupt)
+        return self.means()
+
+    def means(self) -> dict[str, float]:
+        """The mean TERMS of the epoch so far."""
+        return dict(zip(TERMS, (self.sums / self.step).tolist(), strict=True))
 
     def check(self, terms: Tensor) -> None:
         """Add up the terms of the last steps; FloatingPointError for one that is not finite."""
@@ -2605,7 +3094,7 @@ class Trainer:
         sets = {"in": self.train_set} | ({"aux": self.aux_set} if self.aux_set else {})
         row, s, stats = {}, {}, STATS[self.config.stats]
         for k, images in sets.items():
-            x = normalise(images.x[:256], *stats)
+            x = normalise(images.x[:256].to(self.device), *stats)
             logits = embed(self.net, x)[0]
             s[k] = energy_score(logits)
             row |= {f"probe_s_{k}": s[k].mean()}
@@ -2712,14 +3201,16 @@ def score_images(
     net: Net, images: Images, K: int, stats: str, names: Sequence[str], fit: Fit | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every named score [N] of a set of images, on the CPU, and the predicted of K classes [N]."""
-    scores, classes, device = {name: [] for name in names}, [], net.fc.weight.device
-    for i in torch.arange(len(images.x)).split(500):
+    device, (rank, size), n = net.fc.weight.device, world(), len(images.x)
+    columns: dict[str, list[Tensor]] = {name: [] for name in ("class", *names)}
+    for i in torch.arange(n)[rank::size].split(500):  # each process its share of the images
         x = batch(images.x, i, *STATS[stats], device)
         logits, z = embed(net, x)
-        classes.append(logits[:, :K].argmax(1).cpu())
+        columns["class"].append(logits[:, :K].argmax(1))
         for name in names:
-            scores[name].append(SCORES[name](net, x, logits, z, fit).detach().cpu())
-    return {name: torch.cat(parts) for name, parts in scores.items()}, torch.cat(classes)
+            columns[name].append(SCORES[name](net, x, logits, z, fit).detach())
+    scores = {name: gathered(torch.cat(parts), n) for name, parts in columns.items()}
+    return scores, scores.pop("class")
 
 
 def fit_to(net: Net, train_set: Images, config: Config) -> Fit:
@@ -2788,20 +3279,6 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-@dataclass(frozen=True)
-class DataOptions:
-    """Where data sets lie, whether absent ones may be fetched, and which OOD sets to use."""
-
-    root: str = "data"
-    download: bool = False
-    ood: tuple[str, ...] = ()
-
-
-def default_ood(id: str, ood: Sequence[str]) -> list[str]:
-    """The OOD sets asked for, else the paper's six, or those of the built-in benchmark."""
-    return list(ood or (["synthetic"] if id == "synthetic" else PAPER_OOD))
-
-
 def train(config: Config, folder: Path, device: torch.device, data: DataOptions) -> dict[str, Any]:
     """Train `config` in `folder`, evaluate, save -> the results.
 
@@ -2817,26 +3294,25 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
             message = f"{folder} is finished, on other OOD sets; evaluate it on {', '.join(asked)}"
             raise ValueError(f"{message} with greg.py eval")
         return done
-    train_set, test_set = load_id(config.id, data.root, data.download)
+    train_set, test_set, ood, left_out = data.load(config.id, config.size)
     size, aux = train_set.x.shape[1], None
     if METHODS[config.method].sampler.share:
-        aux = load_aux(config.aux, data.root, data.download, size=size)
+        options = {"size": size, "skip_corrupt": data.skip_corrupt}
+        aux = load_aux(config.aux, data.root, data.download, **options)
         aux = _on(device, aux, config.n_aux)
-    ood, left_out = load_ood(default_ood(config.id, data.ood), data.root, data.download, size)
-    trainer = Trainer(config, folder, _on(device, train_set, config.n_train), aux)
+    train_set = _on(device, train_set, config.n_train)
+    trainer = Trainer(config, folder, train_set, aux, device, data)
     start = time.time()
     trainer.run()
-    if trainer.rank:  # rank 0 evaluates and writes, the others wait for it
-        torch.distributed.barrier()
-        return {}
     score = METHODS[config.method].score
     names = [score] if config.aux else POST_HOC_ROWS
     results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out, "seconds": time.time() - start}
     results["score"] = score
     trainer.save(gamma=results["gamma"][score], score=score)
-    save_results(folder, results | environment(), raw)
-    if trainer.world > 1:
+    if trainer.rank == 0:
+        save_results(folder, results | environment(), raw)
+    if trainer.world > 1:  # another run may start from these files
         torch.distributed.barrier()
     return results
 
@@ -3053,13 +3529,12 @@ PAPER: dict[int, dict[str, tuple[str, str, str]]] = {
     },
 }
 CIFAR_ARCHS = "resnet18", "wrn40_2", "densenet100"
-IMAGENET_OOD = "inaturalist", "sun", "places", "textures", "mean"
 BOTH = "fpr95", "auroc"
 # Columns of each table: (ID data, network, OOD set, metric).
 COLUMNS = {
     1: [("cifar10", arch, "mean", m) for arch in CIFAR_ARCHS for m in BOTH],
     2: [("cifar100", arch, "mean", m) for arch in CIFAR_ARCHS for m in BOTH],
-    3: [("imagenet", "densenet121", key, m) for key in IMAGENET_OOD for m in BOTH],
+    3: [("imagenet", "densenet121", key, m) for key in (*IMAGENET_OOD, "mean") for m in BOTH],
     4: [(id, "densenet100", "mean", m) for id in ("cifar10", "cifar100") for m in BOTH],
     5: [("cifar100", "densenet100", "mean", m) for m in BOTH],
     6: [("cifar10", arch, "", "accuracy") for arch in ("wrn40_2", "densenet100")],
@@ -3107,7 +3582,10 @@ def paper_table(
             )
         lines.append(line)
     missing = sum(not cell["seeds"] for cell in cells)
-    header = ["method", *(" ".join(filter(None, (Path(c[0]).stem, *c[1:]))) for c in columns)]
+    header = [
+        "method",
+        *(" ".join(filter(None, (Path(c[0]).stem.partition(":")[0], *c[1:]))) for c in columns),
+    ]
     text = f"Table {number}: ours in %, mean ± std over seeds (the paper's figure). "
     text += f"{missing} of {len(cells)} cells not run.\n\n{markdown(header, lines)}"
     used = {method for method, *_ in PAPER[number].values()}
@@ -3130,7 +3608,11 @@ def data_note(r: dict[str, Any]) -> str:
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
     methods = args.methods or list({method: None for method, *_ in PAPER[args.number].values()})
-    if any(METHODS[m].recipe == "finetune" for m in methods):
+
+    def tuned(method: str) -> bool:
+        return method != "ce" and (METHODS[method].recipe == "finetune" or args.number == 3)
+
+    if any(map(tuned, methods)):
         methods = ["ce", *(m for m in methods if m != "ce")]
     columns, runs = table_columns(args.number, args.id, args.archs), {}
     for id, arch in dict.fromkeys(c[:2] for c in columns):
@@ -3138,7 +3620,7 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
             given = config_arguments(args) | {"id": id, "arch": arch, "seed": seed}
             start = run_folder(args.runs, Config(**given | {"method": "ce"}))
             for method in methods:
-                init = str(start) if METHODS[method].recipe == "finetune" else ""
+                init = str(start) if tuned(method) else ""
                 config = Config(**given | {"method": method, "init": init})
                 runs[run_folder(args.runs, config)] = config
     return runs
@@ -3408,8 +3890,8 @@ def bench_steps(
 
     def released() -> None:
         g, i = rng(device, 0), torch.arange(6 * n, device=device)
-        x_in = trainer.batch(train_set, i[:n], g)
-        candidates = trainer.batch(aux_set, i, g)
+        x_in = trainer.input(augment(train_set.x[i[:n]], g))
+        candidates = trainer.input(augment(aux_set.x[i], g))
         released_step(trainer.net, trainer.optimizer, x_in, train_set.y[:n], candidates)
 
     if importlib.util.find_spec("sklearn"):
@@ -3486,10 +3968,9 @@ def command_train(args: argparse.Namespace) -> None:
     config = Config(**config_arguments(args))
     folder = args.out or run_folder(args.runs, config)
     results = train(config, folder, args.device, data_options(args))
-    if not results:  # another rank evaluates
-        return
-    print(results_table([results]))
-    print(f"{folder}: results.json, results.md, scores.npz, log.jsonl, checkpoint.pt")
+    if world()[0] == 0:
+        print(results_table([results]))
+        print(f"{folder}: results.json, results.md, scores.npz, log.jsonl, checkpoint.pt")
 
 
 def config_arguments(args: argparse.Namespace) -> dict[str, Any]:
@@ -3514,7 +3995,7 @@ def command_eval(args: argparse.Namespace) -> None:
     else:
         given = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
         config, score = replace(resolve(Config("ce", **given)), init=args.weights), "energy"
-    train_set, test_set = load_id(config.id, args.root, args.download)
+    train_set, test_set, ood, left_out = data_options(args).load(config.id, config.size)
     train_set, K = _on(args.device, train_set, config.n_train), len(train_set.classes)
     if args.weights:
         net = build(config.arch, K, args.weights).to(args.device)
@@ -3523,8 +4004,6 @@ def command_eval(args: argparse.Namespace) -> None:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
     if {"absent", "msp of K"} & set(names) and net.fc.out_features == K:
         raise ValueError(f"{', '.join(names)}: this network has no class K + 1 to score")
-    size, specs = train_set.x.shape[1], default_ood(config.id, args.ood)
-    ood, left_out = load_ood(specs, args.root, args.download, size)
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out, "score": score} | environment()
     if args.out:
@@ -3550,12 +4029,12 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         print(results_table(results))
         return
-    if world()[1] > 1:
-        raise ValueError("table runs in one process; use torchrun for greg.py train")
     runs = table_runs(args)
-    if not args.read and args.number != 3:  # ImageNet does not fit in memory: not here yet
+    if not args.read:
         for folder, config in runs.items():
             train(config, folder, args.device, data_options(args))
+    if world()[0]:
+        return
     results = [r for r in map(read_results, runs) if r]
     text, cells = paper_table(args.number, results, args.id, args.archs)
     args.runs.mkdir(parents=True, exist_ok=True)
@@ -3570,9 +4049,7 @@ def command_certify(args: argparse.Namespace) -> None:
     config = Config(**state["config"])
     if state.get("score") != "energy":
         raise ValueError(f"{args.run} does not decide by S = -LSE(f), the score certified here")
-    test_set = load_id(config.id, args.root, args.download)[1]
-    specs, size = default_ood(config.id, args.ood), test_set.x.shape[1]
-    ood, _ = load_ood(specs, args.root, args.download, size)
+    _, test_set, ood, _ = data_options(args).load(config.id, config.size)
 
     def pixels(images: Images) -> Tensor:
         return images.x[: args.images].to(args.device).permute(0, 3, 1, 2).float() / 255
@@ -3614,9 +4091,19 @@ def command_figure(args: argparse.Namespace) -> None:
 def add_data_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--root", default="data", help="folder of the data sets (default: data)")
     p.add_argument("--download", action="store_true", help="fetch the sets that are absent")
+    p.add_argument("--skip-corrupt", action="store_true", help="name and leave out damaged files")
     p.add_argument(
         "--ood", nargs="*", default=[], metavar="NAME[=PATH]",
         help="OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's six)",
+    )  # fmt: skip
+
+
+def add_training_arguments(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--workers", type=int, default=4, help="processes that decode (default: 4)")
+    p.add_argument("--decode", default="cpu", help="cuda: decode JPEG there (default: cpu)")
+    p.add_argument(
+        "--candidate-chunk", type=int, default=512,
+        help="candidates in one forward: fewer need less memory (default: 512)",
     )  # fmt: skip
 
 
@@ -3653,6 +4140,7 @@ def parser() -> argparse.ArgumentParser:
     p = add("train", command_train, "train a method, evaluate it, save everything in a run folder")
     add_config_arguments(p)
     add_data_arguments(p)
+    add_training_arguments(p)
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     p.add_argument("--out", type=Path, help="run folder (default: RUNS/ID/ARCH/METHOD/seedN)")
     p = add("eval", command_eval, "evaluate a run, or a weights file, on OOD sets")
@@ -3676,6 +4164,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
     add_config_arguments(p, without=("method", "arch", "seed", "init"), id="")
     add_data_arguments(p)
+    add_training_arguments(p)
     p = add("certify", command_certify, "attack and certify a run's decisions under perturbations")
     p.add_argument("run", type=Path, help="folder of a finished run")
     p.add_argument("--images", type=int, default=200, help="images of each set (default: 200)")
@@ -3706,6 +4195,8 @@ def pick_device(name: str) -> torch.device:
     if "LOCAL_RANK" in os.environ:  # started by torchrun
         local = int(os.environ["LOCAL_RANK"])
         name = f"cuda:{local}" if name.startswith("cuda") else name
+        if name.startswith("cuda"):
+            torch.cuda.set_device(local)
         if not torch.distributed.is_initialized():
             torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     try:
@@ -3715,7 +4206,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def data_options(args: argparse.Namespace) -> DataOptions:
-    return DataOptions(args.root, args.download, tuple(args.ood))
+    """The fields of DataOptions among the arguments."""
+    given = {f.name: getattr(args, f.name) for f in fields(DataOptions) if hasattr(args, f.name)}
+    return DataOptions(**given | {"ood": tuple(args.ood)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3728,7 +4221,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"greg: error: {e}", file=sys.stderr)
         return 2
     except torch.cuda.OutOfMemoryError:
-        print("greg: error: the GPU's memory is too small: --amp or --batch", file=sys.stderr)
+        advice = "--amp, --candidate-chunk or --batch"
+        print(f"greg: error: the GPU's memory is too small: {advice}", file=sys.stderr)
+        return 2
+    except RuntimeError as e:
+        lost = "a process" if world()[1] > 1 else "a decoding worker"
+        if world()[1] == 1 and "DataLoader worker" not in str(e):
+            raise
+        reason = str(e).splitlines()[0][:200]
+        advice = "the same command goes on from the last checkpoint"
+        print(f"greg: error: {lost} was lost ({reason}); {advice}", file=sys.stderr)
         return 2
     finally:
         if world()[1] > 1:

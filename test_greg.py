@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -2419,9 +2420,10 @@ def test_places365_is_always_the_same_ten_thousand(tmp_path, monkeypatch):
     chosen = []
     monkeypatch.setitem(greg.SOURCES, "places365", greg.SOURCES["places365"]._replace(count=10050))
 
-    def decode(files, size, resize):
+    def decode(files, size, resize, skip):
         chosen.append(files)
-        return torch.zeros(len(files), size, size, 3, dtype=torch.uint8)
+        x = torch.zeros(len(files), size, size, 3, dtype=torch.uint8)
+        return greg.Images(x, None, "")
 
     monkeypatch.setitem(greg.__dict__, "_decode", decode)
     for _ in range(2):
@@ -2533,6 +2535,137 @@ def test_cifar_is_read_from_the_layout_and_names_that_torchvision_has(tmp_path, 
         greg.load_id("cifar10", tmp_path)
 
 
+# ImageNet: a small tree of real JPEG files.
+
+TREE = ("n01", "n02", "n03", "n04")
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory):
+    """ROOT with imagenet/train|val/WNID/*.JPEG of many sizes and modes, and an OOD folder."""
+    root = tmp_path_factory.mktemp("root")
+    g = np.random.default_rng(0)
+
+    def draw(path, colour, mode="RGB"):
+        w, h = g.integers(40, 80, 2)
+        noise = g.normal(0, 25, (h // 8 + 1, w // 8 + 1, 3)) + np.array(colour)
+        image = Image.fromarray(noise.clip(0, 255).astype("uint8")).resize((int(w), int(h)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.convert(mode).save(path, "JPEG", quality=95)
+
+    for part, n in ("train", 12), ("val", 4):
+        for c, name in enumerate(TREE):
+            for i in range(n):
+                mode = {1: "L", 2: "CMYK"}.get(i, "RGB")
+                draw(
+                    root / "imagenet" / part / name / f"{i}.JPEG", (60 * c, 200 - 60 * c, 99), mode
+                )
+    for i in range(6):
+        draw(root / "sea" / f"{i}.JPEG", (10, 40, 200))
+    return root
+
+
+def test_the_number_ten_gives_the_ten_classes_of_the_released_code(tmp_path):
+    for i in range(1000):
+        (tmp_path / f"n{i:04d}").mkdir()
+    positions = [342, 778, 443, 256, 601, 104, 445, 1, 269, 688]  # among the 1,000 sorted names
+    ten = greg.imagenet_classes(tmp_path, "10")
+    assert ten == [f"n{i:04d}" for i in positions]
+    assert greg.imagenet_classes(tmp_path, "20")[:10] == ten
+    for name in greg._TEN.split():
+        (tmp_path / name).mkdir()
+    assert greg.imagenet_classes(tmp_path) == greg._TEN.split()
+
+
+def test_imagenet_classes_are_refused_if_they_are_not_there(tree, tmp_path):
+    train = tree / "imagenet" / "train"
+    assert greg.imagenet_classes(train, "n03,n01") == ["n03", "n01"]
+    (tmp_path / "list").write_text("n02\nn04\n")
+    assert greg.imagenet_classes(train, str(tmp_path / "list")) == ["n02", "n04"]
+    for classes, words in ("", "no class 'n02396427'"), ("n01,n09", "no class 'n09'"):
+        with pytest.raises(ValueError, match=words):
+            greg.imagenet_classes(train, classes)
+    for classes in "n01", "n01,n01", "4", "1":
+        with pytest.raises(ValueError, match="two or more of the 4 classes"):
+            greg.imagenet_classes(train, classes)
+    with pytest.raises(FileNotFoundError, match="train"):
+        greg.load_id("imagenet", tmp_path)
+    (tmp_path / "imagenet" / "train" / "n01").mkdir(parents=True)
+    (tmp_path / "imagenet" / "train" / "n02").mkdir()
+    (tmp_path / "imagenet" / "train" / "n03").mkdir()
+    with pytest.raises(ValueError, match="no images below .*n01"):
+        greg.load_id("imagenet:n01,n02", tmp_path)
+
+
+def test_imagenet_is_split_into_id_and_auxiliary_classes(tree):
+    train, val = greg.load_id("imagenet:n03,n01", tree, size=32)
+    aux = greg.load_aux("imagenet:n03,n01", tree, size=32)
+    assert train.classes == val.classes == ("n03", "n01")
+    assert train.x.shape == (24, 32, 32, 3) and val.x.shape == (8, 32, 32, 3)
+    for x, y in zip(train.x.files, train.y, strict=True):
+        assert f"/train/{train.classes[y]}/" in x.decode()
+    assert {Path(f.decode()).parent.name for f in aux.x.files} == {"n02", "n04"}
+    assert len(aux.x) == 24 and aux.y is None
+    assert (train.y.diff() < 0).any(), "in order of class"
+
+
+def test_files_are_what_load_image_reads_and_crops_are_torchvisions(tree):
+    from torchvision.transforms import RandomResizedCrop
+
+    files = greg.load_aux("imagenet:n03,n01", tree, size=32).x
+    paths = [f.decode() for f in files.files]
+    index = torch.tensor([5, 0, 7])
+    want = torch.cat([greg.load_image(paths[i], 32) for i in index])
+    assert torch.equal(files[index], want) and torch.equal(files[:2], files[torch.arange(2)])
+    assert torch.equal(files.select(index)[torch.tensor([0])], want[:1])
+    flipped = 0
+    for seed in range(12):
+        crop, image = files.crop(3, seed)[0], Image.open(paths[3]).convert("RGB")
+        assert torch.equal(crop, files.crop(3, seed)[0])
+        torch.manual_seed(seed)
+        other = RandomResizedCrop(32, antialias=True)(image)  # the library's own draw
+        other = torch.from_numpy(np.array(other))
+        assert torch.equal(crop, other) or torch.equal(crop, other.flip(1))
+        flipped += torch.equal(crop, other.flip(1))
+    assert 1 < flipped < 11
+
+
+def test_the_raw_path_decodes_the_same_crops(tree):
+    """Bytes decoded in one call (on a GPU where there is one), against Pillow's."""
+    files = greg.load_aux("imagenet:n03,n01", tree, size=32).x
+    for index in torch.tensor([0, 3, 4]), torch.tensor([1, 2]):  # RGB; grey and CMYK
+        parts = [(files, (7, 0, "aux"), index, index + 100)]
+        x, _, error = greg.Stream(parts)[0]
+        raw, *_ = greg.Stream(parts, raw=True)[0]
+        y, _, _ = greg.Stream(parts, raw=True).decode(0, raw, "cpu")
+        assert not error and x.shape == y.shape and x.dtype == y.dtype
+        assert (x.float() - y.float()).abs().mean() < 1.5
+
+
+def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(tree, capsys):
+    train, _ = greg.load_id("imagenet:n03,n01", tree, size=32)
+    path, i = Path(train.x.files[4].decode()), torch.tensor([4])
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:300])
+        with pytest.raises(ValueError, match=f"{path}.*--skip-corrupt"):
+            train.x[i]
+        x, _, error = greg.Stream([(train.x, (0,), i, i)])[0]
+        assert str(path) in error
+        kept, _ = greg.load_id("imagenet:n03,n01", tree, size=32, skip_corrupt=True)
+        same = [j for j in range(24) if train.y[j] == train.y[4] and j != 4]
+        after = min(same, key=lambda j: (j < 4, j))
+        assert torch.equal(kept.x[i], train.x[torch.tensor([after])])
+        assert kept.x.corrupt == {str(path)}
+        names = [path, path.with_name("absent.JPEG")]
+        decoded = greg._decode([path, path.with_name("0.JPEG")], 32, skip=True)
+        assert decoded.y.tolist() == [1] and "left out 1 corrupt files" in capsys.readouterr().err
+        with pytest.raises(FileNotFoundError):  # a file that is gone is no damaged one
+            greg._decode(names[1:], 32, skip=True)
+    finally:
+        path.write_bytes(content)
+
+
 # ------------------------------------------------------------------------------------- 8  Training
 
 
@@ -2640,18 +2773,10 @@ def test_every_auxiliary_image_is_a_candidate_each_epoch(n_aux, steps, world):
     t.config = greg.replace(t.config, batch=2 * world)
     t.method, t.device, t.share = greg.METHODS["greg+"], CPU, 2
     t.steps, t.world, t.order_aux = steps, world, torch.randperm(n_aux)
-    t.aux_set, t.net = None, None
-    t.batch = lambda images, i, g: seen.append(i) or torch.zeros(len(i), 1)
-    sampler = greg.Sampler(2, lambda f, z, k, g: torch.arange(2 * k))
-    t.method = greg.replace(t.method, sampler=sampler)
-    t.config = greg.replace(t.config)
-    embed, greg.embed = greg.embed, lambda net, x, amp: (x, x)
-    try:
-        for t.step in range(steps):
-            for t.rank in range(world):
-                t.auxiliary(None)
-    finally:
-        greg.embed = embed
+    t.aux_set = greg.Images(torch.empty(n_aux, 0), None, "")
+    for step in range(steps):
+        for t.rank in range(world):
+            seen.append(t.index("aux", t.plan(step)["aux"])[1])
     counts = torch.bincount(torch.cat(seen), minlength=n_aux)
     total = max(n_aux, 6 * t.config.batch * steps)
     assert counts.min() >= total // n_aux and counts.max() <= -(-total // n_aux)
@@ -2673,7 +2798,7 @@ def test_a_seed_fixes_a_run_and_another_seed_changes_it(pretrained, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["greg+", "poem+grad", "ntom", "balanced"])
-@pytest.mark.parametrize("stop_at", [(0, 2), (1, 1)])
+@pytest.mark.parametrize("stop_at", [(0, 2), (0, 3), (1, 1)])
 def test_a_run_stopped_anywhere_and_resumed_equals_one_that_was_not(
     method, stop_at, pretrained, tmp_path, monkeypatch
 ):
@@ -2760,6 +2885,137 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(ValueError):
         greg.write_json(path, {"a": math.nan})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4096, 100_000])
+def test_a_full_disk_is_reported_and_loses_nothing(limit, pretrained, tmp_path):
+    """A limit on the size of files stands for a disk without room."""
+    import resource
+
+    t = trainer(started_from(pretrained, "energy"), tmp_path)
+    t.run()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(OSError, match="could not be written .*intact"):
+            t.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@settings(max_examples=8)
+@given(delays=st.lists(st.floats(0, 0.6), min_size=1, max_size=3))
+def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
+    delays, pretrained, tmp_path_factory
+):
+    config = started_from(pretrained, "greg+", epochs=3)
+    folder, fork = tmp_path_factory.mktemp("killed"), multiprocessing.get_context("fork")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greg, "SAVE_SECONDS", 0)  # after every step
+        patch.setattr(greg, "SYNC_STEPS", 1)
+        for delay in delays:
+            process = fork.Process(target=lambda: trainer(config, folder).run())
+            process.start()
+            process.join(delay)
+            process.kill()
+            process.join()
+        trainer(config, folder).run()
+    whole = whole_run(config, folder.parent)
+    assert torch.equal(weights(folder), whole)
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["epoch"] == 3
+
+
+@functools.cache
+def whole_run(config, parent):
+    """The weights of a run that nothing disturbed."""
+    folder = parent / "undisturbed"
+    trainer(config, folder).run()
+    return weights(folder)
+
+
+def streamed(tree, **options):
+    """A run on the small ImageNet tree, at 32×32."""
+    base = {"id": "imagenet:n03,n01", "arch": "wrn10_1", "size": 32, "epochs": 2, "batch": 8}
+    return greg.Config(**base | {"lr": 0.01, "candidates": 2, "aux_epoch": 20} | options)
+
+
+def stream_trainer(config, folder, tree, **data):
+    config, data = greg.resolve(config), greg.DataOptions(root=str(tree), **data)
+    train_set = greg.load_id(config.id, tree, size=32)[0]
+    aux = greg.load_aux(config.aux, tree, size=32)
+    return greg.Trainer(config, folder, train_set, aux, CPU, data)
+
+
+@pytest.mark.parametrize("method", ["greg+", "energy"])
+def test_streamed_training_is_the_same_for_any_workers_chunks_and_stops(
+    method, pretrained, tree, tmp_path, monkeypatch
+):
+    config = streamed(tree, method=method, init=str(pretrained))
+    config = greg.replace(config, init=str(tmp_path / "start.pt"))
+    torch.save(seeded(3, lambda: greg.wrn(10, 1, 2)).state_dict(), config.init)
+    stream_trainer(config, tmp_path / "a", tree, workers=0).run()
+    monkeypatch.setattr(greg, "STREAM_CHUNK", 3)
+    t = stream_trainer(config, tmp_path / "b", tree, workers=2)
+    step = t.train_step
+
+    def stopping():
+        t.stopped_by = 15 if (t.epoch, t.step) == (1, 1) else 0
+        return step()
+
+    monkeypatch.setattr(t, "train_step", stopping)
+    with pytest.raises(SystemExit):
+        t.run()
+    stream_trainer(config, tmp_path / "b", tree, workers=1).run()
+    assert torch.equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    t = stream_trainer(config, tmp_path / "c", tree, workers=0, candidate_chunk=3)
+    t.run()  # eval-mode features in other chunks: equal up to float error
+    torch.testing.assert_close(
+        weights(tmp_path / "a"), weights(tmp_path / "c"), rtol=0.02, atol=1e-3
+    )
+
+
+def test_fewer_auxiliary_images_than_a_step_needs_are_refused(files, pretrained, tmp_path):
+    np.save(tmp_path / "few.npy", np.load(files / "aux.npy")[:15])
+    with pytest.raises(ValueError, match="15 auxiliary images, a step needs 32"):
+        trainer(started_from(pretrained, "oe", aux=str(tmp_path / "few.npy")), tmp_path / "run")
+
+
+def step_of_a_rank(rank, ranks, mode, folder):
+    """One process of a step: the gradients of greg_loss on its share of the batch."""
+    torch.set_num_threads(1)
+    if ranks > 1:
+        store = f"file://{folder}/store{mode}"
+        torch.distributed.init_process_group("gloo", store, rank=rank, world_size=ranks)
+    net = seeded(0, lambda: greg.wrn(10, 1, 4)).double()
+    if mode == "synchronised" and ranks > 1:
+        greg.synchronise(net)
+    net.train(mode == "synchronised")
+    plain = seeded(0, lambda: greg.wrn(10, 1, 4)).double().train(net.training)
+    model = nn.parallel.DistributedDataParallel(net) if ranks > 1 else net
+    x_in, x_aux = normal(1, 12, 3, 8, 8), normal(2, 12, 3, 8, 8)
+    y = torch.arange(12) % 4
+    m = greg.energy_score(plain(torch.cat([x_in, x_aux]))).median().item()
+    share = slice(12 * rank // ranks, 12 * (rank + 1) // ranks)
+    out = greg.greg_loss(model, x_in[share], y[share], x_aux[share], m, m)
+    out.loss.backward()
+    assert out.gradient > 0 and out.energy > 0
+    if rank == 0:
+        state = [p.grad for p in net.parameters()] + list(net.buffers())
+        torch.save(state, folder / f"{mode}{ranks}.pt")
+
+
+@pytest.mark.parametrize("mode", ["synchronised", "fixed"])
+def test_a_step_of_two_processes_is_that_of_one_on_the_union(mode, tmp_path):
+    """With batch statistics synchronised, or fixed (eval mode), and with the gradient term."""
+    step_of_a_rank(0, 1, mode, tmp_path)
+    torch.multiprocessing.start_processes(
+        step_of_a_rank, (2, mode, tmp_path), nprocs=2, start_method="fork"
+    )
+    one, two = (torch.load(tmp_path / f"{mode}{n}.pt", weights_only=True) for n in (1, 2))
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 def test_a_folder_of_another_configuration_is_refused(pretrained, tmp_path):
@@ -3077,6 +3333,42 @@ def test_a_dry_run_prints_commands_that_parse_and_runs_nothing(job, tmp_path):
         args = greg.parser().parse_args(words)
         if job != "demo":
             assert args.seeds == [0, 3] and args.amp and args.ood == ["svhn", "x=y.npy"]
+
+
+IMAGENET = {"CLASSES": "n03,n01", "ARCHS": "wrn10_1", "METHODS": "oe", "SEEDS": "0", "WORKERS": "1"}
+IMAGENET |= {"EXTRA": "--size 32 --epochs 1 --batch 8 --lr 0.01 --sync-bn", "OMP_NUM_THREADS": "1"}
+
+
+def test_the_imagenet_script_runs_with_one_process_and_with_two(tree, tmp_path):
+    env = IMAGENET | {"PYTHON": sys.executable, "IMAGENET": str(tree / "imagenet")}
+    env |= {"ROOT": str(tmp_path / "data"), "OOD": f"sea={tree}/sea"}
+    tables = []
+    for gpus in "1", "2":
+        runs = tmp_path / gpus
+        code, out, err = bash(HERE / "run_imagenet.sh", GPUS=gpus, RUNS=str(runs), **env)
+        assert code == 0, err
+        assert "Table 3" in out and "Traceback" not in err
+        tables.append(json.loads((runs / "table_3.json").read_text()))
+    ran = [[c["seeds"] for c in table if c["seeds"]] for table in tables]
+    assert len(ran[0]) == len(ran[1]) == 14  # MSP to LINe and OE: mean FPR95 and AUROC
+    folders = [tmp_path / n / "imagenet:n03,n01" / "wrn10_1" / "ce" / "seed0" for n in "12"]
+    one, two = map(weights, folders)  # of the same images, in one batch or in two halves
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_the_imagenet_script_explains_itself_and_a_dry_run_runs_nothing(tmp_path):
+    code, out, _ = bash(HERE / "run_imagenet.sh", "--help")
+    assert code == 0 and "usage" in out
+    code, _, err = bash(HERE / "run_imagenet.sh", "--dry")
+    assert code == 2 and "usage" in err
+    env = {"RUNS": str(tmp_path / "runs"), "ROOT": str(tmp_path / "data"), "GPUS": "8"}
+    code, out, _ = bash(HERE / "run_imagenet.sh", "--dry-run", CLASSES="20", EXTRA="--amp", **env)
+    assert code == 0 and not list(tmp_path.iterdir()) and "--nproc_per_node=8" in out
+    args = greg.parser().parse_args(out.split()[out.split().index("table") :])
+    assert (args.number, args.id, args.amp) == (3, "imagenet:20", True)
+    assert all(c.id == "imagenet:20" for c in greg.table_runs(args).values())
+    code, _, err = bash(HERE / "run_imagenet.sh", IMAGENET=str(tmp_path / "none"), **env)
+    assert code == 2 and "no folder" in err
 
 
 PAPER_MAP = [  # what in the paper, which definitions

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Table 3 of the paper: ten classes of ImageNet as ID data, the other 990 as auxiliary data.
+# Run the same command again to go on after a stop, however it came: finished runs are skipped.
+set -euo pipefail
+shopt -s inherit_errexit
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+usage() {
+  cat <<EOT
+usage: run_imagenet.sh [--dry-run]
+
+  Trains and evaluates every row of Table 3 on DenseNet-121, with three seeds.
+  --dry-run  print the command and run nothing
+
+Environment variables and their defaults:
+  IMAGENET   ROOT/imagenet   folder with train/WNID/*.JPEG and val/WNID/*.JPEG
+  CLASSES    the released code's ten; or a number, names with commas, or a file of them
+  GPUS       1               processes of torchrun; batches and candidates are shared among them
+  PYTHON     a Python with torch; .venv is made beside this script if none is found
+  ARCHS      densenet121
+  METHODS    every training method of the table, such as "energy greg+"
+  SEEDS      "0 1 2"
+  OOD        "inaturalist sun places textures"; or name=path, separated by blanks
+  ROOT       data            folder of the data sets
+  RUNS       runs            folder of the results
+  WORKERS    4               decoding processes for each GPU
+  DOWNLOAD   empty           1: fetch the OOD sets and torchvision's DenseNet-121 where absent
+  EXTRA      empty           further options of "greg.py table", such as "--amp --decode cuda"
+
+examples:
+  IMAGENET=/data/imagenet DOWNLOAD=1 EXTRA=--amp bash run_imagenet.sh
+  IMAGENET=/data/imagenet GPUS=8 WORKERS=12 EXTRA="--amp --sync-bn" bash run_imagenet.sh
+EOT
+}
+
+find_python() { # a Python with torch: ours, the system's, or a new environment
+  local venv=$here/.venv/bin/python candidate
+  local needs='import sys, torch, torchvision, numpy, tqdm; assert sys.version_info >= (3, 10)'
+  for candidate in "$venv" python3 python; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
+    then echo "$candidate"; return; fi
+  done
+  echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
+  python3 -m venv "$here/.venv" >&2 || {
+    echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
+  "$here/.venv/bin/pip" install --quiet "$here" >&2
+  echo "$venv"
+}
+
+case "${1:-}" in
+  --help | -h) usage; exit 0 ;;
+  "" | --dry-run) ;;
+  *) usage >&2; exit 2 ;;
+esac
+dry_run=${1:-}
+root=${ROOT:-data} gpus=${GPUS:-1}
+if [[ -n ${IMAGENET:-} && -z $dry_run && ! $IMAGENET -ef $root/imagenet ]]; then
+  [[ -d $IMAGENET ]] || { echo "IMAGENET=$IMAGENET is no folder" >&2; exit 2; }
+  [[ ! -e $root/imagenet || -L $root/imagenet ]] || {
+    echo "$root/imagenet is another folder than IMAGENET=$IMAGENET: name another ROOT" >&2; exit 2; }
+  mkdir -p "$root"
+  ln -sfn "$(cd "$IMAGENET" && pwd)" "$root/imagenet"
+fi
+if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
+
+read -ra archs <<<"${ARCHS:-}"
+read -ra methods <<<"${METHODS:-}"
+read -ra seeds <<<"${SEEDS:-0 1 2}"
+read -ra ood <<<"${OOD:-}"
+read -ra extra <<<"${EXTRA:-}"
+launch=("$python")
+[[ $gpus == 1 ]] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
+options=(--runs "${RUNS:-runs}" --root "$root" --seeds "${seeds[@]}" --workers "${WORKERS:-4}")
+[[ -z ${CLASSES:-} ]] || options+=(--id "imagenet:$CLASSES")
+[[ -z ${DOWNLOAD:-} ]] || options+=(--download)
+[[ ${#archs[@]} -eq 0 ]] || options+=(--archs "${archs[@]}")
+[[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
+[[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
+command=("${launch[@]}" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"})
+printf '+ %s\n' "${command[*]}"
+[[ -n $dry_run ]] || "${command[@]}"
