@@ -45,7 +45,7 @@ import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -1410,6 +1410,7 @@ POST_HOC: dict[str | tuple[str, str], PostHoc] = {
 
 def post_hoc(id: str, arch: str, K: int) -> PostHoc:
     """Hyper-parameters for ID data, network and class count; other data go by the class count."""
+    id = id.partition(":")[0]
     known = id if id in POST_HOC else "cifar100" if K == 100 else "cifar10"
     return POST_HOC.get((known, arch), POST_HOC[known])
 
@@ -1813,32 +1814,54 @@ def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, inside: Path) -> None
             shutil.copyfileobj(source, copy)
 
 
+@contextlib.contextmanager
+def _alone(root: str | Path) -> Iterator[None]:
+    """One process at a time fetches and unpacks below a root."""
+    import fcntl
+
+    with open(Path(root) / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _locate(name: str, root: str | Path, download: bool) -> Path:
     """The folder or file of a published set; fetched only if asked, checked before it is used."""
-    from torchvision.datasets.utils import calculate_md5, download_url
-
     source = SOURCES[name]
     file, target = Path(root) / Path(source.url.split("?")[0]).name, Path(root) / source.folder
     if source.folder and target.is_dir():
         return target
+    if not file.exists() and not download:
+        raise FileNotFoundError(f"{name}: no {file}. It comes from {source.url}; {_advice(name)}")
+    Path(root).mkdir(parents=True, exist_ok=True)
+    with _alone(root):
+        if not (source.folder and target.is_dir()):
+            _fetch(name, file)
+            if source.folder:
+                extract(file, target)
+    return target if source.folder else file
+
+
+def _advice(name: str) -> str:
+    option = {"cifar10": "--id", "cifar100": "--id", "random300k": "--aux"}.get(name, "--ood")
+    own = f"{option} {name}=PATH" if option == "--ood" else f"{option} PATH"
+    return f"put it there, run again with --download, or give images of your own: {own}"
+
+
+def _fetch(name: str, file: Path) -> None:
+    """The file of a published set, of the published md5."""
+    from torchvision.datasets.utils import calculate_md5, download_url
+
+    source, part = SOURCES[name], file.with_name(file.name + ".part")
     if not file.exists():
-        option = {"cifar10": "--id", "cifar100": "--id", "random300k": "--aux"}.get(name, "--ood")
-        own = f"{option} {name}=PATH" if option == "--ood" else f"{option} PATH"
-        advice = f"put it there, run again with --download, or give images of your own: {own}"
-        if not download:
-            raise FileNotFoundError(f"{name}: no {file}. It comes from {source.url}; {advice}")
         try:
-            download_url(source.url, str(file.parent), file.name + ".part")
-            file.with_name(file.name + ".part").rename(file)
+            download_url(source.url, str(file.parent), part.name)
+            part.rename(file)
         except (OSError, RuntimeError) as e:
-            message = f"{name}: {source.url} could not be fetched to {file} ({e}); {advice}"
+            message = f"{name}: {source.url} could not be fetched to {file} ({e}); {_advice(name)}"
             raise FileNotFoundError(message) from None
     if (md5 := calculate_md5(file)) != source.md5:
         message = f"{file} is damaged or another file: md5 {md5}, published {source.md5}"
         raise ValueError(f"{message}; delete it and fetch it again")
-    if source.folder:
-        extract(file, target)
-    return target if source.folder else file
 
 
 def _open(path: str | Path) -> Any:
@@ -1853,6 +1876,8 @@ def _open(path: str | Path) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except Exception as e:  # Pillow's decoders raise whatever they stumble over
+        if isinstance(e, OSError) and e.errno:  # the system's fault, not the file's
+            raise
         raise ValueError(f"{path} is not an image that can be read: {e}") from None
 
 
@@ -1888,11 +1913,12 @@ def _decode(files: Sequence[Path], size: int, resize: bool = True, skip: bool = 
     def read(i: int) -> bool:
         try:
             x[i] = load_image(files[i], size, resize)[0]
+            return True
         except ValueError as e:
             if not skip:
                 raise ValueError(f"{e}; --skip-corrupt leaves such files out") from None
-            corrupt.append(f"{files[i]}")
-        return str(files[i]) not in corrupt
+            corrupt.append(str(files[i]))
+            return False
 
     with ThreadPoolExecutor() as pool:
         good = torch.tensor(list(pool.map(read, range(len(files)))))
@@ -1902,7 +1928,7 @@ def _decode(files: Sequence[Path], size: int, resize: bool = True, skip: bool = 
     return Images(x if good.all() else x[good], good.nonzero()[:, 0], "")
 
 
-def report_corrupt(names: Sequence[str]) -> None:
+def report_corrupt(names: Collection[str]) -> None:
     """Name and count the files that --skip-corrupt left out."""
     if names:
         more = ", ..." if len(names) > 5 else ""
@@ -1986,7 +2012,7 @@ def _class_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Tensor
     """The image files below folder/CLASS for each class, and their labels."""
     files = [_files(folder / name) for name in names]
     y = torch.arange(len(names)).repeat_interleave(torch.tensor([len(f) for f in files]))
-    return sum(files, []), y
+    return [f for part in files for f in part], y
 
 
 # The released code's ten ID classes; it takes the first of a fixed permutation of all 1,000.
@@ -2022,14 +2048,15 @@ class Files:
 
     def content(self, i: int) -> Tensor:
         """The bytes of file i."""
-        return torch.frombuffer(
-            bytearray(Path(os.fsdecode(self.files[i])).read_bytes()), dtype=torch.uint8
-        )
+        content = bytearray(Path(os.fsdecode(self.files[i])).read_bytes())
+        return torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
 
     def select(self, index: slice | Tensor) -> Files:
         """Some of the files, in the order of the index."""
-        files = [os.fsdecode(f) for f in self.files[index]]
-        return Files(files, self.y[index], self.size, self.skip_corrupt)
+        some = copy.copy(self)
+        some.files, some.y = self.files[index], self.y[index]
+        some.shape = (len(some.files), *self.shape[1:])
+        return some
 
     def crop(self, i: int, seed: int) -> Tensor:
         """The random crop (8 to 100 % of the area) and flip of a seed: [1,size,size,3] uint8."""
@@ -2072,8 +2099,8 @@ def random_crop(image: Any, size: int, seed: int) -> Tensor:
 def imagenet_classes(folder: Path, classes: str = "") -> list[str]:
     """ID classes among ImageNet's: the released code's ten (""), a number N, or names.
 
-    N: the first of the released code's permutation of the sorted folders (which for 10 of 1,000 are
-    its ten). Names: with commas, or a file of them. ValueError for a class without a folder.
+    N: the first by the released code's permutation of the sorted folders (for 10 of 1,000 its ten).
+    Names: with commas, or a file of them. ValueError for a class without a folder.
     """
     import numpy as np
 
@@ -2083,10 +2110,11 @@ def imagenet_classes(folder: Path, classes: str = "") -> list[str]:
         )
     known = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     if classes.isdigit():
-        chosen = np.random.RandomState(1993).permutation(len(known))[: int(classes)]
-        names = [known[i] for i in chosen]
+        rank = np.random.RandomState(1993).permutation(len(known))  # those of the lowest ranks
+        names = [known[i] for i in rank.argsort()[: int(classes)]]
     else:
-        text = Path(classes).read_text() if Path(classes).is_file() else classes or _TEN
+        is_file = "," not in classes and Path(classes).is_file()
+        text = Path(classes).read_text() if is_file else classes or _TEN
         names = text.replace(",", " ").split()
     if absent := [name for name in names if name not in known]:
         raise ValueError(
@@ -2111,14 +2139,15 @@ def load_imagenet(
     """
     names = imagenet_classes(root / "train", classes)
     if part == "aux":
-        rest = (p.name for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != ".")
-        files, y = _class_files(root / "train", sorted(set(rest) - set(names)))
-        return Images(Files(files, y, size, skip), None, "imagenet")
+        rest = {p.name for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != "."}
+        files, y = _class_files(root / "train", sorted(rest - set(names)))
+        images = _mixed(Images(Files(files, y, size, skip), y, "imagenet"))
+        return images._replace(y=None)
     files, y = _class_files(root / part, names)
-    if part == "val":
-        decoded = _decode(files, size, skip=skip)
-        return _mixed(Images(decoded.x, y[decoded.y], "imagenet", tuple(names)))
-    return _mixed(Images(Files(files, y, size, skip), y, "imagenet", tuple(names)))
+    if part == "train":
+        return _mixed(Images(Files(files, y, size, skip), y, "imagenet", tuple(names)))
+    decoded = _decode(files, size, skip=skip)
+    return _mixed(Images(decoded.x, y[decoded.y], "imagenet", tuple(names)))
 
 
 def load_id(
@@ -2289,6 +2318,12 @@ class DataOptions:
     workers: int = 4
     decode: str = "cpu"  # device that decodes the JPEG files of a training stream
     candidate_chunk: int = 512
+
+    def __post_init__(self):
+        if self.workers < 0 or self.candidate_chunk < 1:
+            raise ValueError("need --workers >= 0 and --candidate-chunk >= 1")
+        if self.decode == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--decode cuda needs a GPU that torch can use; leave it out")
 
     def load(self, id: str, size: int) -> tuple[Images, Images, dict[str, Images], list[str]]:
         """ID training and test images, the OOD sets, and the names of those left out."""
@@ -2476,9 +2511,11 @@ class Config:
         "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], an .npz file or a folder",
     )
     aux: str = option(
-        "", "auxiliary data: random300k (default), synthetic, imagenet, .npy/.npz or a folder"
+        "",
+        "auxiliary data: random300k, synthetic, imagenet (the other classes), .npy/.npz or a folder"
+        " (default: what goes with the ID data)",
     )
-    size: int = option(224, "side of ImageNet's images")
+    size: int | None = option(None, "side of images from files (224 for imagenet, else 32)")
     arch: str = option("wrn40_2", "network: one of ARCHS")
     seed: int = option(0, "fixes initialisation, order, augmentation and sampling")
     init: str = option("", "run folder or weights file to start from (fine-tuning needs one)")
@@ -2491,7 +2528,9 @@ class Config:
     wd: float | None = option(None, "weight decay (recipe)")
     candidates: int = option(6, "least auxiliary candidates for each ID image when sampling")
     aux_epoch: int = option(
-        600_000, "auxiliary images an epoch when sampling, drawn afresh (all, if fewer)"
+        600_000,
+        "auxiliary images an epoch when sampling, drawn afresh (all, if fewer; at least"
+        " --candidates for each ID image)",
     )
     n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
     n_aux: int = option(0, "cut the auxiliary set to its first N images (0: all)")
@@ -2515,23 +2554,27 @@ def resolve(config: Config) -> Config:
             raise ValueError(f"unknown {name} {getattr(config, name)!r}; one of {', '.join(table)}")
     method = METHODS[config.method]
     kind = config.id.partition(":")[0]
+    init = config.init
+    if (kind, config.method, config.arch) == ("imagenet", "ce", "densenet121"):
+        init = init or "torchvision"
     # On ImageNet everything is a fine-tune (Section 6.1): of DenseNet-121 with a new head.
-    recipe = "finetune" if kind == "imagenet" else method.recipe
+    tuned = kind == "imagenet" and (config.method != "ce" or init)
+    recipe = "finetune" if tuned else method.recipe
     fill = RECIPES[recipe] | {"lambda_s": method.lambda_s}
+    fill["size"] = 224 if kind == "imagenet" else 32
     fill = {k: v for k, v in fill.items() if getattr(config, k) is None}
     if not method.sampler.share:
         fill["aux"] = ""
-    elif not config.aux:
-        own = config.id if kind in ("synthetic", "imagenet") else "random300k"
-        fill["aux"] = own
-    if (kind, config.method, config.arch) == ("imagenet", "ce", "densenet121"):
-        fill["init"] = config.init or "torchvision"
+    elif config.aux in ("", "imagenet"):
+        fill["aux"] = config.id if kind in ("synthetic", "imagenet") else config.aux or "random300k"
     if not config.stats:  # normalisation belongs to a network: a fine-tune keeps its start's
         start = Path(config.init, "config.json")
         known = config.init and start.is_file()
         stats = json.loads(start.read_text())["stats"] if known else kind
         fill["stats"] = stats if stats in STATS else "cifar10"
-    config = replace(config, **fill)
+    config = replace(config, init=init, **fill)
+    if kind == "imagenet" and config.aux.startswith("imagenet") and config.aux != config.id:
+        raise ValueError(f"--aux {config.aux} has classes of --id {config.id}: leave --aux out")
     for name in "epochs", "lr", "batch", "candidates", "aux_epoch", "size":
         if getattr(config, name) <= 0:
             raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
@@ -2546,13 +2589,15 @@ def resolve(config: Config) -> Config:
         raise ValueError(
             f"--candidates must be at least {method.sampler.share} for {config.method}"
         )
+    if config.arch == "densenet121" and config.size < 32:
+        raise ValueError(f"densenet121 needs images of 32 pixels or more, got --size {config.size}")
     if config.n_train < 0 or config.n_aux < 0:
         raise ValueError("--n-train and --n-aux are numbers of images, 0 for all")
     if config.stats not in STATS:
         raise ValueError(f"unknown --stats {config.stats!r}; one of {', '.join(STATS)}")
     if config.m_in >= config.m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {config.m_in}, {config.m_aux}")
-    if recipe == "finetune" and config.method != "ce" and not config.init:
+    if recipe == "finetune" and not config.init:
         raise ValueError(f"{config.method} fine-tunes a pre-trained network: name it with --init")
     return config
 
@@ -2637,10 +2682,11 @@ def torchvision_weights(root: str | Path, download: bool) -> Path:
     if not path.exists() and not download:
         message = f"no {path}: run again with --download, or put the file of {_DENSENET121} there"
         raise FileNotFoundError(f"{message}; or start from other weights with --init")
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(root):
         try:
-            torch.hub.download_url_to_file(_DENSENET121, str(path))
+            if not path.exists():
+                torch.hub.download_url_to_file(_DENSENET121, str(path))
         except OSError as e:
             raise FileNotFoundError(f"{_DENSENET121} could not be fetched ({e})") from None
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:]):
@@ -2699,43 +2745,44 @@ def _on(device: torch.device, images: Images, n: int) -> Images:
 class Stream:
     """Random crops of files, decoded ahead of time by a DataLoader's workers, chunk by chunk.
 
-    A part is (files, key, indices, positions): the crop of the image at position p of the epoch
-    has the seed (*key, p). With raw, the bytes come undecoded. What cannot be read is passed on as
-    the error's text: a worker's own error would reach the user as a stack trace.
+    A part is (files, indices, seeds of the crops). With raw, the bytes come undecoded, one file
+    after the other, with their lengths. What cannot be read is passed on as the error's text: a
+    worker's own error would reach the user as a stack trace.
     """
 
-    def __init__(self, parts: Sequence[tuple[Files, tuple, Tensor, Tensor]], raw: bool = False):
+    def __init__(self, parts: Sequence[tuple[Files, list[int], list[int]]], raw: bool = False):
         self.parts, self.raw = parts, raw
 
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, j: int) -> tuple[Tensor | list[Tensor], set[str], str]:
-        files, key, index, positions = self.parts[j]
+    def __getitem__(self, j: int) -> tuple[Tensor, set[str] | list[int], str]:
+        files, index, seeds = self.parts[j]
         try:
             if self.raw:
-                return [files.content(i) for i in index.tolist()], set(), ""
-            seeds = [hashed(*key, p) for p in positions.tolist()]
-            pairs = zip(index.tolist(), seeds, strict=True)
+                content = [files.content(i) for i in index]
+                return torch.cat(content), [len(c) for c in content], ""
+            pairs = zip(index, seeds, strict=True)
             return torch.cat([files.crop(i, seed) for i, seed in pairs]), files.corrupt, ""
         except (ValueError, OSError) as e:
-            return [], files.corrupt, str(e)
+            return torch.empty(0), files.corrupt, str(e)
 
-    def decode(self, j: int, raw: list[Tensor], device: str) -> tuple[Tensor, set[str], str]:
+    def decode(self, j: int, raw: Tensor, lengths: list[int], device: str) -> tuple:
         """Chunk j from its bytes on the device, with the same crops.
 
-        A chunk with a file that is no intact RGB or grey JPEG goes through Pillow.
+        A chunk with a file that the device cannot decode goes through Pillow.
         """
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        _, key, _, positions = self.parts[j]
+        files, _, seeds = self.parts[j]
         try:
-            images = decode_jpeg(raw, mode=ImageReadMode.RGB, device=device)
+            images = decode_jpeg(list(raw.split(lengths)), mode=ImageReadMode.RGB, device=device)
+        except torch.cuda.OutOfMemoryError:
+            raise
         except RuntimeError:
             return Stream(self.parts)[j]
-        seeds = [hashed(*key, p) for p in positions.tolist()]
-        size, pairs = self.parts[j][0].size, zip(images, seeds, strict=True)
-        return torch.cat([random_crop(image, size, seed) for image, seed in pairs]), set(), ""
+        pairs = zip(images, seeds, strict=True)
+        return torch.cat([random_crop(image, files.size, seed) for image, seed in pairs]), set(), ""
 
     def read(self, data: DataOptions) -> Iterator[tuple[Tensor, set[str], str]]:
         """The chunks in their order."""
@@ -2744,8 +2791,10 @@ class Stream:
             self, batch_size=None, num_workers=data.workers, collate_fn=_same,
             worker_init_fn=_leave_signals_to_the_parent, **ahead,
         )  # fmt: skip
-        for j, (x, corrupt, error) in enumerate(loader):
-            yield self.decode(j, x, data.decode) if self.raw and not error else (x, corrupt, error)
+        for j, (x, more, error) in enumerate(loader):
+            yield (
+                self.decode(j, x, more, data.decode) if self.raw and not error else (x, more, error)
+            )
 
 
 def _same(v: Any) -> Any:
@@ -2753,8 +2802,8 @@ def _same(v: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:  # often sent to the whole group
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Sum(torch.autograd.Function):
@@ -2803,6 +2852,16 @@ def synchronise(net: Net) -> Net:
     return net
 
 
+def average_buffers(net: Net) -> None:
+    """Give every process the mean running statistics, so that all of them score alike."""
+    buffers = [b for b in net.buffers() if b.is_floating_point()]
+    flat = torch.cat(buffers)
+    torch.distributed.all_reduce(flat)
+    flat /= world()[1]
+    for b, mean in zip(buffers, flat.split([len(b) for b in buffers]), strict=True):
+        b.copy_(mean)
+
+
 def gathered(part: Tensor, n: int) -> Tensor:
     """The whole [n,...] on every process, of which each has the rows rank::world, on the CPU."""
     size, part = world()[1], part.detach().cpu()
@@ -2816,10 +2875,15 @@ def gathered(part: Tensor, n: int) -> Tensor:
     return whole
 
 
+def saved_config(saved: dict[str, Any]) -> Config:
+    """The configuration of a run, which may be older than some of the options."""
+    return resolve(Config(**{f.name: saved[f.name] for f in fields(Config) if f.name in saved}))
+
+
 def check_same(config: Config, saved: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs, if a folder's run is not of this configuration."""
-    ours = asdict(config)
-    differ = [f"{k} {saved.get(k)} -> {v}" for k, v in ours.items() if saved.get(k) != v]
+    ours, saved = asdict(config), asdict(saved_config(saved))
+    differ = [f"{k} {saved[k]} -> {v}" for k, v in ours.items() if saved[k] != v]
     if differ:
         what = ", ".join(differ)
         raise ValueError(f"{folder} holds another run ({what}); choose another --out")
@@ -2868,14 +2932,14 @@ class Trainer:
             self.net.to(memory_format=torch.channels_last)
         self.model = self.net
         if self.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.net)
+            self.model = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
         self.optimizer = torch.optim.SGD(
             self.net.parameters(), config.lr, 0.9, weight_decay=config.wd, nesterov=True
         )
         self.memory: dict[str, Tensor] = {}  # what a sampler or a loss carries between epochs
         self.sums = torch.zeros(len(TERMS), device=self.device)
         self.epoch = self.step = self.stopped_by = 0
-        self.saved, self.corrupt = time.time(), set()
+        self.saved, self.corrupt, self.reported = time.time(), set(), set()
 
     def save(self, **more: Any) -> None:
         """Write all that a resumed run needs; the checkpoint before it stays as .prev.pt.
@@ -2973,7 +3037,8 @@ class Trainer:
         for plan in plans:
             for kind in kinds:
                 for p in plan[kind].split(STREAM_CHUNK):
-                    parts.append((sets[kind].x, (*key, kind), self.index(kind, p)[1], p))
+                    seeds = [hashed(*key, kind, q) for q in p.tolist()]
+                    parts.append((sets[kind].x, self.index(kind, p)[1].tolist(), seeds))
         self.stream = Stream(parts, self.data.decode != "cpu").read(self.data)
 
     def fetch(self, kind: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -3030,6 +3095,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, t)
         self.optimizer.step()
+        if self.world > 1:
+            average_buffers(self.net)
         correct = (out.logits[:n].argmax(1) == y_in).float().mean()
         share_in = (out.scores[:n] <= m_in).float().mean()
         share_aux = (out.scores[n:] >= m_aux).float().sum() / max(1, len(x_aux))
@@ -3044,13 +3111,14 @@ class Trainer:
         self.open_stream()
         self.net.train()
         name, recent = f"{self.config.method} {self.epoch + 1}/{self.config.epochs}", []
+        every = 1 if isinstance(self.train_set.x, Files) else SYNC_STEPS  # its steps are long
         bar = tqdm(total=self.steps, initial=self.step, desc=name, disable=self.rank > 0)
         with bar:
             while self.step < self.steps:
                 recent.append(self.train_step())
                 self.step += 1
                 stop = self.stopped_by and self.world == 1  # ranks must stop together, below
-                if len(recent) == SYNC_STEPS or self.step == self.steps or stop:
+                if len(recent) == every or self.step == self.steps or stop:
                     self.check(torch.stack(recent))  # the only host sync
                     recent = []
                     bar.update(self.step - bar.n)
@@ -3061,7 +3129,10 @@ class Trainer:
                         raise SystemExit(f"{message}; the same command goes on from here")
                     if time.time() - self.saved > SAVE_SECONDS and self.step < self.steps:
                         self.save()
-        report_corrupt(self.corrupt)
+        for images in filter(None, (self.train_set, self.aux_set)):
+            self.corrupt |= getattr(images.x, "corrupt", set())
+        report_corrupt(self.corrupt - self.reported)
+        self.reported |= self.corrupt
         return self.means()
 
     def means(self) -> dict[str, float]:
@@ -3137,12 +3208,18 @@ class Trainer:
                     warn_of_collapse(self.folder, row, self.config)
 
 
-def input_gradients(net: nn.Module, x: Tensor, chunk: int = 250) -> Tensor:
+def chunk_of(size: int, most: int = 250) -> int:
+    """How many images of this side fit in memory with their gradients (10 GB, DenseNet-121)."""
+    return min(most, max(1, most * 128**2 // size**2))
+
+
+def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
     """‖∇S(x_i)‖₂ for each of x [N,...] in the space of x; `net` must be in eval mode."""
     norms = []
-    for part in x.split(chunk):
+    for part in x.split(chunk_of(x.shape[-1])):
         part = part.detach().requires_grad_()
-        norms.append(gradient_norm(energy_score(net(part)), part).detach())
+        (g,) = torch.autograd.grad(energy_score(net(part)).sum(), part)
+        norms.append(torch.linalg.vector_norm(g.flatten(1), dim=1))
     return torch.cat(norms)
 
 
@@ -3179,13 +3256,14 @@ def interrupts(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def environment() -> dict[str, str]:
+def environment() -> dict[str, Any]:
     """What produced a result besides its configuration."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device or platform.machine(),
+        "processes": world()[1],
         "greg": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12],
         "argv": " ".join(sys.argv),
     }
@@ -3203,7 +3281,8 @@ def score_images(
     """Every named score [N] of a set of images, on the CPU, and the predicted of K classes [N]."""
     device, (rank, size), n = net.fc.weight.device, world(), len(images.x)
     columns: dict[str, list[Tensor]] = {name: [] for name in ("class", *names)}
-    for i in torch.arange(n)[rank::size].split(500):  # each process its share of the images
+    chunk = chunk_of(images.x.shape[1])
+    for i in torch.arange(n)[rank::size].split(chunk):  # each process its share of the images
         x = batch(images.x, i, *STATS[stats], device)
         logits, z = embed(net, x)
         columns["class"].append(logits[:, :K].argmax(1))
@@ -3216,7 +3295,7 @@ def score_images(
 def fit_to(net: Net, train_set: Images, config: Config) -> Fit:
     """Fit the post-hoc scores to the training images, as they are at test time."""
     device, stats = net.fc.weight.device, STATS[config.stats]
-    parts = torch.arange(len(train_set.x)).split(1000)
+    parts = torch.arange(len(train_set.x)).split(chunk_of(train_set.x.shape[1]))
     z = torch.cat([embed(net, batch(train_set.x, i, *stats, device))[1] for i in parts])
     K = len(train_set.classes)
     p = post_hoc(config.id, config.arch, K)
@@ -3981,7 +4060,9 @@ def config_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def run_folder(runs: Path, config: Config) -> Path:
     """runs/ID/network/method/seedN."""
     method = config.method + ("-released" if config.reduction == "released" else "")
-    return runs / Path(config.id).stem / config.arch / method / f"seed{config.seed}"
+    id = Path(config.id).stem
+    id = id if len(id) < 100 else f"{id[:40]}-{hashed(id):x}"  # a long list of classes
+    return runs / id / config.arch / method / f"seed{config.seed}"
 
 
 def command_eval(args: argparse.Namespace) -> None:
@@ -3991,7 +4072,7 @@ def command_eval(args: argparse.Namespace) -> None:
         if args.arch or args.id or args.stats:
             raise ValueError("--arch, --id and --stats belong to --weights; a run knows its own")
         net, state = load_run(args.run, args.device)
-        config, score = Config(**state["config"]), state.get("score", "energy")
+        config, score = saved_config(state["config"]), state.get("score", "energy")
     else:
         given = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
         config, score = replace(resolve(Config("ce", **given)), init=args.weights), "energy"
@@ -4006,6 +4087,8 @@ def command_eval(args: argparse.Namespace) -> None:
         raise ValueError(f"{', '.join(names)}: this network has no class K + 1 to score")
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out, "score": score} | environment()
+    if world()[0]:
+        return
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         save_results(args.out, results, raw)
@@ -4046,7 +4129,7 @@ def command_table(args: argparse.Namespace) -> None:
 
 def command_certify(args: argparse.Namespace) -> None:
     net, state = load_run(args.run, args.device)
-    config = Config(**state["config"])
+    config = saved_config(state["config"])
     if state.get("score") != "energy":
         raise ValueError(f"{args.run} does not decide by S = -LSE(f), the score certified here")
     _, test_set, ood, _ = data_options(args).load(config.id, config.size)
@@ -4091,16 +4174,21 @@ def command_figure(args: argparse.Namespace) -> None:
 def add_data_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--root", default="data", help="folder of the data sets (default: data)")
     p.add_argument("--download", action="store_true", help="fetch the sets that are absent")
-    p.add_argument("--skip-corrupt", action="store_true", help="name and leave out damaged files")
+    p.add_argument(
+        "--skip-corrupt", action="store_true", help="name damaged image files and go on without"
+    )
     p.add_argument(
         "--ood", nargs="*", default=[], metavar="NAME[=PATH]",
-        help="OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's six)",
+        help="OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's)",
     )  # fmt: skip
 
 
 def add_training_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workers", type=int, default=4, help="processes that decode (default: 4)")
-    p.add_argument("--decode", default="cpu", help="cuda: decode JPEG there (default: cpu)")
+    p.add_argument(
+        "--decode", default="cpu", choices=["cpu", "cuda"], help="where to decode JPEG files of a"
+        " training stream; what the GPU cannot decode goes through Pillow (default: cpu)",
+    )  # fmt: skip
     p.add_argument(
         "--candidate-chunk", type=int, default=512,
         help="candidates in one forward: fewer need less memory (default: 512)",
@@ -4195,12 +4283,13 @@ def pick_device(name: str) -> torch.device:
     if "LOCAL_RANK" in os.environ:  # started by torchrun
         local = int(os.environ["LOCAL_RANK"])
         name = f"cuda:{local}" if name.startswith("cuda") else name
-        if name.startswith("cuda"):
-            torch.cuda.set_device(local)
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
     try:
-        return torch.zeros(0, device=name).device
+        device = torch.zeros(0, device=name).device
+        if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
 
@@ -4225,8 +4314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"greg: error: the GPU's memory is too small: {advice}", file=sys.stderr)
         return 2
     except RuntimeError as e:
-        lost = "a process" if world()[1] > 1 else "a decoding worker"
-        if world()[1] == 1 and "DataLoader worker" not in str(e):
+        words = ("gloo", "Gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe")
+        lost = "a decoding worker" if "DataLoader worker" in str(e) else "a process"
+        if lost == "a process" and not (world()[1] > 1 and any(word in str(e) for word in words)):
             raise
         reason = str(e).splitlines()[0][:200]
         advice = "the same command goes on from the last checkpoint"

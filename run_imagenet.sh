@@ -47,19 +47,15 @@ find_python() { # a Python with torch: ours, the system's, or a new environment
   echo "$venv"
 }
 
-case "${1:-}" in
-  --help | -h) usage; exit 0 ;;
-  "" | --dry-run) ;;
-  *) usage >&2; exit 2 ;;
-esac
-dry_run=${1:-}
-root=${ROOT:-data} gpus=${GPUS:-1}
+[[ ${1:-} == --help || ${1:-} == -h ]] && { usage; exit 0; }
+dry_run=${1:-} root=${ROOT:-data} gpus=${GPUS:-1}
+[[ $# -le 1 && $dry_run =~ ^(--dry-run)?$ && $gpus =~ ^[1-9][0-9]*$ ]] || { usage >&2; exit 2; }
 if [[ -n ${IMAGENET:-} && -z $dry_run && ! $IMAGENET -ef $root/imagenet ]]; then
   [[ -d $IMAGENET ]] || { echo "IMAGENET=$IMAGENET is no folder" >&2; exit 2; }
   [[ ! -e $root/imagenet || -L $root/imagenet ]] || {
     echo "$root/imagenet is another folder than IMAGENET=$IMAGENET: name another ROOT" >&2; exit 2; }
   mkdir -p "$root"
-  ln -sfn "$(cd "$IMAGENET" && pwd)" "$root/imagenet"
+  ln -sfn "$(realpath "$IMAGENET")" "$root/imagenet"
 fi
 if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
 

@@ -2633,16 +2633,26 @@ def test_files_are_what_load_image_reads_and_crops_are_torchvisions(tree):
 def test_the_raw_path_decodes_the_same_crops(tree):
     """Bytes decoded in one call (on a GPU where there is one), against Pillow's."""
     files = greg.load_aux("imagenet:n03,n01", tree, size=32).x
-    for index in torch.tensor([0, 3, 4]), torch.tensor([1, 2]):  # RGB; grey and CMYK
-        parts = [(files, (7, 0, "aux"), index, index + 100)]
+    for start in range(0, 24, 4):  # RGB, grey and CMYK
+        parts = [(files, list(range(start, start + 4)), [7, 8, 9, 10])]
         x, _, error = greg.Stream(parts)[0]
-        raw, *_ = greg.Stream(parts, raw=True)[0]
-        y, _, _ = greg.Stream(parts, raw=True).decode(0, raw, "cpu")
+        raw, lengths, _ = greg.Stream(parts, raw=True)[0]
+        y, _, _ = greg.Stream(parts, raw=True).decode(0, raw, lengths, "cpu")
         assert not error and x.shape == y.shape and x.dtype == y.dtype
         assert (x.float() - y.float()).abs().mean() < 1.5
 
 
-def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(tree, capsys):
+def test_the_raw_path_names_a_damaged_file(tree, tmp_path):
+    (tmp_path / "empty.JPEG").touch()
+    files = greg.Files([tmp_path / "empty.JPEG"], torch.zeros(1), 32)
+    stream = greg.Stream([(files, [0], [0])], raw=True)
+    raw, lengths, _ = stream[0]
+    assert "empty.JPEG is not an image" in stream.decode(0, raw, lengths, "cpu")[2]
+
+
+def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(
+    tree, capsys, monkeypatch
+):
     train, _ = greg.load_id("imagenet:n03,n01", tree, size=32)
     path, i = Path(train.x.files[4].decode()), torch.tensor([4])
     content = path.read_bytes()
@@ -2650,7 +2660,7 @@ def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(
         path.write_bytes(content[:300])
         with pytest.raises(ValueError, match=f"{path}.*--skip-corrupt"):
             train.x[i]
-        x, _, error = greg.Stream([(train.x, (0,), i, i)])[0]
+        x, _, error = greg.Stream([(train.x, [4], [0])])[0]
         assert str(path) in error
         kept, _ = greg.load_id("imagenet:n03,n01", tree, size=32, skip_corrupt=True)
         same = [j for j in range(24) if train.y[j] == train.y[4] and j != 4]
@@ -2662,6 +2672,9 @@ def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(
         assert decoded.y.tolist() == [1] and "left out 1 corrupt files" in capsys.readouterr().err
         with pytest.raises(FileNotFoundError):  # a file that is gone is no damaged one
             greg._decode(names[1:], 32, skip=True)
+        monkeypatch.setattr(Image, "open", lambda path: open("/proc/self/mem").read())
+        with pytest.raises(OSError, match="Input/output error"):  # nor is a disk that fails
+            greg._decode(names[:1], 32, skip=True)
     finally:
         path.write_bytes(content)
 
@@ -2980,6 +2993,74 @@ def test_fewer_auxiliary_images_than_a_step_needs_are_refused(files, pretrained,
     np.save(tmp_path / "few.npy", np.load(files / "aux.npy")[:15])
     with pytest.raises(ValueError, match="15 auxiliary images, a step needs 32"):
         trainer(started_from(pretrained, "oe", aux=str(tmp_path / "few.npy")), tmp_path / "run")
+
+
+def test_options_that_cannot_work_are_refused(tree):
+    for options in {"workers": -1}, {"candidate_chunk": 0}, {"decode": "cuda"}:
+        if not (options.get("decode") and torch.cuda.is_available()):
+            with pytest.raises(ValueError, match="--"):
+                greg.DataOptions(**options)
+    base = {"id": "imagenet:n03,n01", "init": "x"}
+    for config, words in (
+        ({"method": "energy", "aux": "imagenet:n02,n04"}, "leave --aux out"),
+        ({"method": "ce", "arch": "densenet121", "size": 16}, "32 pixels"),
+        ({"method": "energy", "init": ""}, "--init"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            greg.resolve(greg.Config(**base | config))
+
+
+def test_imagenet_is_a_fine_tune_of_torchvisions_densenet_and_its_auxiliary_set_the_rest(tmp_path):
+    resolved = greg.resolve(greg.Config("ce", id="imagenet:20", arch="densenet121"))
+    assert (resolved.init, resolved.size, resolved.stats) == ("torchvision", 224, "imagenet")
+    assert resolved.lr == greg.RECIPES["finetune"]["lr"]
+    assert greg.resolve(greg.Config("ce", id="imagenet", arch="resnet18")).lr == 0.1  # from scratch
+    for aux in "", "imagenet":
+        config = greg.Config("greg+", id="imagenet:20", arch="densenet121", init="x", aux=aux)
+        assert greg.resolve(config).aux == "imagenet:20"
+    assert greg.post_hoc("imagenet:20", "densenet121", 20) == greg.POST_HOC["imagenet"]
+    file = tmp_path / Path(greg._DENSENET121).name
+    data = greg.DataOptions(root=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--download"):
+        greg.build("densenet121", 3, "torchvision", data=data)
+    source = seeded(5, lambda: greg.densenet121(1000))
+    torch.save(source.state_dict(), file)
+    with pytest.raises(ValueError, match="SHA-256"):
+        greg.build("densenet121", 3, "torchvision", data=data)
+    with pytest.MonkeyPatch.context() as patch:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+        patch.setattr(greg, "_DENSENET121", f"https://x/densenet121-{digest}.pth")
+        file.rename(tmp_path / f"densenet121-{digest}.pth")
+        net = greg.build("densenet121", 3, "torchvision", data=data)
+    for a, b in zip(net.features.parameters(), source.features.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert net.fc.out_features == 3
+
+
+def rank_of_a_run(rank, config, folder, tree):
+    """One of two processes of a run without synchronised batch norm: its network at the end."""
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", store, rank=rank, world_size=2)
+    t = stream_trainer(config, folder / "run", tree, workers=0)
+    t.run()
+    torch.save(t.net.state_dict(), folder / f"rank{rank}.pt")
+    n = 7
+    whole = torch.arange(3 * n).view(n, 3)
+    assert torch.equal(greg.gathered(whole[rank::2], n), whole)
+
+
+def test_all_processes_end_with_the_network_that_is_saved(tree, tmp_path):
+    """Running statistics too: else every rank would score its share by another network."""
+    config = streamed(tree, method="greg+", init=str(tmp_path / "start.pt"), epochs=1)
+    torch.save(seeded(3, lambda: greg.wrn(10, 1, 2)).state_dict(), config.init)
+    torch.multiprocessing.start_processes(
+        rank_of_a_run, (config, tmp_path, tree), nprocs=2, start_method="fork"
+    )
+    nets = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    nets.append(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["net"])
+    for k in nets[0]:
+        assert torch.equal(nets[0][k], nets[1][k]) and torch.equal(nets[0][k], nets[2][k])
 
 
 def step_of_a_rank(rank, ranks, mode, folder):
@@ -3359,8 +3440,9 @@ def test_the_imagenet_script_runs_with_one_process_and_with_two(tree, tmp_path):
 def test_the_imagenet_script_explains_itself_and_a_dry_run_runs_nothing(tmp_path):
     code, out, _ = bash(HERE / "run_imagenet.sh", "--help")
     assert code == 0 and "usage" in out
-    code, _, err = bash(HERE / "run_imagenet.sh", "--dry")
-    assert code == 2 and "usage" in err
+    for words, env in (["--dry"], {}), (["", "--dry-run"], {}), ([], {"GPUS": "0,1"}):
+        code, _, err = bash(HERE / "run_imagenet.sh", *words, **env)
+        assert code == 2 and "usage" in err
     env = {"RUNS": str(tmp_path / "runs"), "ROOT": str(tmp_path / "data"), "GPUS": "8"}
     code, out, _ = bash(HERE / "run_imagenet.sh", "--dry-run", CLASSES="20", EXTRA="--amp", **env)
     assert code == 0 and not list(tmp_path.iterdir()) and "--nproc_per_node=8" in out
