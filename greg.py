@@ -4076,13 +4076,13 @@ def command_eval(args: argparse.Namespace) -> None:
     else:
         given = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
         config, score = replace(resolve(Config("ce", **given)), init=args.weights), "energy"
+    names = args.scores.split(",") if args.scores else [score]
+    if unknown := [name for name in names if name not in SCORES]:
+        raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
     train_set, test_set, ood, left_out = data_options(args).load(config.id, config.size)
     train_set, K = _on(args.device, train_set, config.n_train), len(train_set.classes)
     if args.weights:
         net = build(config.arch, K, args.weights).to(args.device)
-    names = args.scores.split(",") if args.scores else [score]
-    if unknown := [name for name in names if name not in SCORES]:
-        raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
     if {"absent", "msp of K"} & set(names) and net.fc.out_features == K:
         raise ValueError(f"{', '.join(names)}: this network has no class K + 1 to score")
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
