@@ -5,6 +5,7 @@ HYPOTHESIS_PROFILE=thorough pytest       many more examples
 """
 
 import ast
+import copy
 import functools
 import hashlib
 import http.server
@@ -501,6 +502,113 @@ def test_a_compiled_network_is_refused_where_double_backward_may_be_wrong():
     for bad in torch.compile(net), compiled:
         with pytest.raises(ValueError, match="compile"):
             greg.greg_loss(bad, x[:1], y, x[1:])
+
+
+class Catenated(nn.Module):
+    """[x, one or two functions of x] along `dim`, as DenseNet and Inception have it."""
+
+    def __init__(self, *bodies, dim=1):
+        super().__init__()
+        self.bodies, self.dim = nn.ModuleList(bodies), dim
+
+    def forward(self, x):
+        return torch.cat([x, *(body(x) for body in self.bodies)], self.dim)
+
+
+def mixed_net(seed, conv, norm, channels_last, training):
+    """Strided, dilated, grouped, biased and 'same' convolutions, every norm, in float64."""
+    norms = {
+        "batch": lambda: nn.BatchNorm2d(4),
+        "no average": lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        "plain": lambda: nn.BatchNorm2d(4, affine=False),
+        "group": lambda: nn.GroupNorm(2, 4),
+    }
+    layers = [nn.Conv2d(2, 4, 3, bias=False), norms[norm](), nn.Softplus()]
+    layers += [nn.Conv2d(4, 4, 3, **conv), norms[norm](), nn.Tanh()]
+    layers += [Catenated(nn.Conv2d(4, 2, 1, bias=False), nn.Conv2d(4, 4, 1)), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Softplus())
+    net = nn.Sequential(net, Catenated(nn.Linear(5, 3), dim=-1)).double()
+    x = normal(seed, 6, 2, 9, 9) + 0.5
+    seeded(seed, lambda: net(x))
+    for p in net.parameters():
+        p.data = normal(seed + p.numel(), *p.shape) * 0.5
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return net.to(memory_format=form).train(training), x.to(memory_format=form)
+
+
+@given(
+    seeds,
+    st.fixed_dictionaries(
+        {"bias": st.booleans(), "groups": st.sampled_from([1, 2]), "dilation": st.integers(1, 2)}
+    ),
+    st.sampled_from([{"stride": 2, "padding": 1}, {"padding": "same"}, {"padding": (0, 2)}, {}]),
+    st.sampled_from(["batch", "no average", "plain", "group"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_the_fast_double_backward_is_autograds_own(seed, conv, more, norm, channels_last, training):
+    fast, x = mixed_net(seed, conv | more, norm, channels_last, training)
+    slow, y, results = copy.deepcopy(fast), torch.tensor([0, 3]), []
+    ours = greg.greg_loss(fast, x[:2], y, x[2:], 9.0, -9.0)
+    v = x.clone().requires_grad_()
+    f = slow(v)
+    s = greg.energy_score(f)
+    loss = F.cross_entropy(f[:2], y) + 0.1 * greg.energy_loss(s[:2], s[2:], 9.0, -9.0)
+    loss = loss + greg.gradient_loss(s, v, 2, 9.0, -9.0)
+    for net, out in (fast, ours.loss), (slow, loss):
+        out.backward()
+        results.append([p.grad for p in net.parameters()] + list(net.buffers()))
+    assert ours.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-9)
+
+
+def graph_of(t):
+    """Names of all the functions that a tensor was made by."""
+    seen, todo = {}, [t.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen[node] = node.name()
+            todo += [parent for parent, _ in node.next_functions]
+    return set(seen.values())
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "wrn10_1", "densenet100"])
+def test_the_networks_of_the_paper_run_on_the_fast_double_backward(arch):
+    net, x = greg.build(arch, 3).train(), torch.rand(4, 3, 32, 32)
+    names = graph_of(greg.greg_loss(net, x[:2], torch.tensor([0, 1]), x[2:], 9.0, -9.0).gradient)
+    assert not names & {"ConvolutionBackward0", "NativeBatchNormBackward0", "CatBackward0"}
+    assert {"_Conv2dBackwardBackward", "_BatchNormBackwardBackward"} <= names
+
+
+def test_a_second_gradient_of_the_weights_is_refused_not_wrong():
+    net, x = greg.build("wrn10_1", 3).train(), torch.rand(4, 3, 32, 32).requires_grad_()
+    conv, norm = (
+        next(m for m in net.features[1].modules() if isinstance(m, kind)).weight
+        for kind in (nn.Conv2d, nn.BatchNorm2d)
+    )
+    for weight in conv, norm:
+        with greg.FastDoubleBackward():
+            f = net(x)
+        g = torch.autograd.grad(f.square().sum(), [x, weight], create_graph=True)
+        with pytest.raises(RuntimeError, match="only once"):
+            (g[0].sum() * g[1].sum()).backward()
+
+
+def test_the_fast_double_backward_under_autocast_is_autograds_own_up_to_bfloat16():
+    net = greg.build("wrn10_1", 3).train()
+    x, y, grads = torch.rand(8, 3, 32, 32), torch.tensor([0, 1, 2, 0]), []
+    for fast in True, False:
+        v = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            if fast:
+                gradient = greg.greg_loss(net, x[:4], y, x[4:], 9.0, -9.0).gradient
+            else:
+                gradient = greg.gradient_loss(greg.energy_score(net(v)), v, 4, 9.0, -9.0)
+        g = torch.autograd.grad(gradient, list(net.parameters()), allow_unused=True)
+        grads.append(torch.cat([t.flatten() for t in g if t is not None]))
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[1].norm()
 
 
 @given(seeds, st.integers(1, 5), st.integers(2, 6))
