@@ -32,6 +32,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import math
@@ -4135,21 +4136,34 @@ def interleave(
     return {name: sorted(values) for name, values in seconds.items()}
 
 
+Job = Callable[[], object]
+
+
 def bench_steps(
-    arch: str, n: int, methods: Sequence[str], device: torch.device
-) -> dict[str, Callable[[], object]]:
-    """A training step of each method on synthetic images, and the released procedure's GReg+."""
+    arch: str, n: int, methods: Sequence[str], device: torch.device, **layout: bool
+) -> tuple[dict[str, Job], dict[str, float]]:
+    """A training step of each method on synthetic images, and the released procedure's GReg+.
+
+    And what each costs by counting, in forward passes of one image: a training pass is 3 (forward,
+    and backward to activations and to weights), the gradient term 3 more (backward to the images,
+    and its own two backward products), a candidate 1. The released procedure runs the network
+    once more for its gradient term. Methods with a pool are counted without it.
+    """
     train_set, aux_set = (
         _on(device, synthetic("train"), 4 * n),
         _on(device, synthetic("aux"), 12 * n),
     )
-    jobs: dict[str, Callable[[], object]] = {}
+    jobs: dict[str, Job] = {}
+    passes: dict[str, float] = {}
     for method in methods:
-        config = resolve(Config(method, id="synthetic", arch=arch, batch=n, init="none"))
+        config = resolve(Config(method, id="synthetic", arch=arch, batch=n, init="none", **layout))
         trainer = Trainer(replace(config, init=""), Path(), train_set, aux_set)
         trainer.shuffle()
         trainer.net.train()
+        row = METHODS[method]
         jobs[method] = trainer.train_step
+        passes[method] = n * (6 if row.gradient else 3) * (1 + row.sampler.share)
+        passes[method] += 6 * n if row.sampler.pick else 0
 
     def released() -> None:
         g, i = rng(device, 0), torch.arange(6 * n, device=device)
@@ -4157,9 +4171,10 @@ def bench_steps(
         candidates = trainer.input(augment(aux_set.x[i], g))
         released_step(trainer.net, trainer.optimizer, x_in, train_set.y[:n], candidates)
 
-    if importlib.util.find_spec("sklearn"):
+    if importlib.util.find_spec("sklearn") and not any(layout.values()):  # in float32, as it is
         jobs["greg+, released procedure"] = released
-    return jobs
+        passes["greg+, released procedure"] = n * 9 * 3 + 6 * n
+    return jobs, passes
 
 
 def bench_kmeans(N: int, d: int, k: int, device: torch.device) -> tuple[dict, dict[str, list]]:
@@ -4169,7 +4184,7 @@ def bench_kmeans(N: int, d: int, k: int, device: torch.device) -> tuple[dict, di
     which = torch.randint(k // 2, (N,), generator=g, device=device)
     x = F.normalize(centres[which] + torch.randn(N, d, generator=g, device=device).relu())
     inertia: dict[str, list[float]] = {"ours": [], "scikit-learn": []}
-    jobs: dict[str, Callable[[], object]] = {
+    jobs: dict[str, Job] = {
         "ours": lambda: inertia["ours"].append(kmeans(x, k, generator=g)[2].item())
     }
     if importlib.util.find_spec("sklearn"):
@@ -4183,31 +4198,70 @@ def bench_kmeans(N: int, d: int, k: int, device: torch.device) -> tuple[dict, di
     return jobs, inertia
 
 
+def bench_augment(n: int, device: torch.device) -> dict[str, Job]:
+    """Crops and flips of n images, torchvision's one image at a time, and a copy of the bytes."""
+    from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip
+
+    x, g = synthetic("aux", n).x.to(device), rng(device, n)
+    one, rows = Compose([RandomCrop(32, 4), RandomHorizontalFlip()]), x.permute(0, 3, 1, 2)
+    return {
+        "ours": lambda: augment(x, g),
+        "torchvision, image by image": lambda: torch.stack([one(row) for row in rows]),
+        "a copy of the bytes": x.clone,
+    }
+
+
+def bench_metrics(n: int, device: torch.device) -> dict[str, Job]:
+    """All metrics of n + n scores, the same by scikit-learn, and the sort of the scores alone."""
+    s_in, s_out = torch.randn(2, n, generator=rng(device, n), device=device)
+    s_out += 1
+    jobs: dict[str, Job] = {"ours": lambda: ood_metrics(s_in, s_out)}
+    if importlib.util.find_spec("sklearn"):
+        from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+        def theirs() -> None:
+            s = torch.cat([s_in, s_out]).cpu().numpy()
+            y = torch.arange(2 * n).numpy() < n
+            roc_auc_score(y, -s), average_precision_score(y, -s), average_precision_score(~y, s)
+            roc_curve(y, -s), roc_curve(~y, s)  # FPR95, either side positive
+
+        jobs["scikit-learn"] = theirs
+    return jobs | {"the sort alone": torch.cat([s_in, s_out]).sort}
+
+
 def command_bench(args: argparse.Namespace) -> None:
-    """Medians and spreads of steps and of clustering, as ratios within one interleaved run."""
+    """Medians and spreads of our steps and parts, as ratios within one interleaved run."""
     device, rows = args.device, []
 
-    def add(what: str, seconds: dict[str, list[float]]) -> None:
+    def add(what: str, jobs: dict[str, Job], passes: dict[str, float] | None = None) -> None:
+        seconds = interleave(jobs, args.rounds, device)
         middle = {name: values[len(values) // 2] for name, values in seconds.items()}
-        first = next(iter(middle.values()))
+        first = next(iter(middle))
         for name, values in seconds.items():
             spread = f"{1e3 * values[0]:.1f}-{1e3 * values[-1]:.1f}"
-            ratio = f"{middle[name] / first:.2f}"
-            rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio])
+            ratio = f"{middle[name] / middle[first]:.2f}"
+            count = f"{passes[name] / passes[first]:.2f}" if passes else ""
+            rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio, count])
 
-    for arch in args.archs:
-        jobs = bench_steps(arch, args.batch, args.methods, device)
-        add(f"step, {arch}, {args.batch} ID images", interleave(jobs, args.rounds, device))
-    for N, d, k in (384, 342, 64), (3000, 1024, 64):
+    layouts = [{}, {"channels_last": True}] + [{"channels_last": True, "amp": True}] * args.amp
+    for arch, layout in itertools.product(args.archs, layouts):
+        jobs, passes = bench_steps(arch, args.batch, args.methods, device, **layout)
+        what = ", ".join([arch, f"{args.batch} ID images", *layout])
+        add(f"step, {what.replace('amp', 'bf16')}", jobs, passes)
+    for N, d, k in args.kmeans:
         jobs, inertia = bench_kmeans(N, d, k, device)
-        seconds = interleave(jobs, args.rounds, device)
-        means = ", ".join(f"{sum(v) / len(v):.2f}" for v in inertia.values() if v)
-        add(f"K-Means, N = {N}, d = {d}, k = {k}; mean inertia {means}", seconds)
-    header = ["what", "job", "median ms", "spread ms", "ratio"]
+        add(f"K-Means, N = {N}, d = {d}, k = {k}", jobs)
+        rows[-1][0] += "; mean inertia " + ", ".join(
+            f"{sum(v) / len(v):.2f}" for v in inertia.values() if v
+        )
+    if args.parts:
+        add("crops and flips of 1,024 images", bench_augment(1024, device))
+        add("all metrics of 1,000,000 + 1,000,000 scores", bench_metrics(1_000_000, device))
+    header = ["what", "job", "median ms", "spread ms", "ratio", "by counting"]
     where = f"{environment()['device']}, {torch.get_num_threads()} threads"
-    where += f", torch {torch.__version__}, float32, {args.rounds} rounds."
+    where += f", torch {torch.__version__}, {args.rounds} rounds; float32 where not said otherwise."
     print(f"{markdown(header, rows)}\n{where}")
-    if len(jobs) == 1:
+    if not importlib.util.find_spec("sklearn"):
         print("Without scikit-learn its baselines are left out (pip install scikit-learn).")
 
 
@@ -4450,6 +4504,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--archs", nargs="+", choices=ARCHS, default=["wrn40_2", "densenet100"])
     p.add_argument("--batch", type=int, default=32, help="ID images a step (default: 32)")
     p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
+    p.add_argument("--amp", action="store_true", help="the steps under bfloat16 autocast too")
+    p.add_argument("--parts", action="store_true", help="augmentation and metrics too")
+    sizes, text = [(384, 342, 64), (3000, 1024, 64)], "sizes of K-Means (default: %(default)s)"
+    p.add_argument("--kmeans", nargs="*", type=_sizes, metavar="N,d,k", default=sizes, help=text)
     p.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["energy", "greg", "greg+"], help="steps"
     )
@@ -4458,6 +4516,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("folders", type=Path, nargs="*", help="run folders (3, scores)")
     p.add_argument("--out", type=Path, help="PNG file")
     return top
+
+
+def _sizes(text: str) -> tuple[int, int, int]:
+    """ "N,d,k" -> three integers."""
+    N, d, k = map(int, text.split(","))
+    return N, d, k
 
 
 def pick_device(name: str) -> torch.device:

@@ -34,6 +34,8 @@ from hypothesis import example, given, register_random, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 import greg
 
@@ -3595,6 +3597,45 @@ def paper_map():
         links = ["[{0}–{1}](greg.py#L{0}-L{1})".format(*lines[name]) for name in names]
         rows.append(f"| {what} | {code} | {', '.join(links)} |")
     return "\n".join(rows)
+
+
+class Flops(TorchDispatchMode):
+    """Counts the arithmetic of convolutions and matrix products by PyTorch's own formulas."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def test_steps_do_no_more_arithmetic_than_bench_counts():
+    methods = ["ce", "energy", "greg", "energy+sampling", "greg+", "dos"]
+    jobs, passes = greg.bench_steps("wrn10_1", 2, methods, CPU)
+    flops = {}
+    for name, job in jobs.items():
+        with Flops() as counter:
+            job()
+        flops[name] = counter.total
+    for name in jobs:  # a plain step alone leaves out the gradient at the images: 1 %
+        ratio = passes[name] / passes["ce"]
+        assert flops[name] / flops["ce"] == pytest.approx(ratio, rel=0.03)
+
+
+def test_bench_prints_a_row_for_every_job(monkeypatch, capsys):
+    for name in "bench_augment", "bench_metrics":  # of fewer images and scores
+        job = getattr(greg, name)
+        monkeypatch.setattr(greg, name, lambda n, device, job=job: job(50, device))
+    line = "bench --archs wrn10_1 --batch 2 --rounds 1 --methods ce greg+ --amp --parts"
+    line += " --kmeans 30,3,4"
+    assert greg.main(line.split()) == 0
+    table = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row[:2] == "| "]
+    jobs = [row[1] for row in table[2:]]
+    assert jobs[:2] == ["ce", "greg+"] and jobs.count("greg+") == 3
+    assert {"ours", "torchvision, image by image", "the sort alone"} <= set(jobs)
+    assert all(float(row[4]) > 0 for row in table[2:])
 
 
 def test_the_map_of_the_readme_is_that_of_the_module():
