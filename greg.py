@@ -608,11 +608,11 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K-Means (Lloyd 1982): x [N,d] -> labels [N] int64, centroids [k,d], inertia (a scalar).
 
-    The best of `n_init` restarts, all run as one batch on the device of x, in float32 or float64.
-    A restart has converged when no label changes; all stop at the latest when every sum of squared
-    centroid shifts is at most tol times the mean variance of a feature. The labels returned are
-    the nearest of the centroids returned. An empty cluster moves to the point farthest from its
-    centroid; with fewer than k distinct points some clusters stay empty.
+    The best of `n_init` restarts, run as one batch on the device of x, in float32 or float64. A
+    restart stops when no label changes, or when the sum of its squared centroid shifts is at most
+    tol times the mean variance of a feature. The labels returned are the nearest of the centroids
+    returned. An empty cluster moves to the point farthest from its centroid; with fewer than k
+    distinct points some clusters stay empty.
 
     Raises ValueError unless x is [N,d], finite, and 1 <= k <= N, n_init >= 1, max_iter >= 1.
     """
@@ -628,14 +628,16 @@ def kmeans(
         c = _kmeans_plus_plus(x, k, n_init, generator)
         enough = tol * x.square().mean()
         labels, distance = _nearest(x, c)
+        on = torch.arange(n_init, device=x.device)  # the restarts that have not converged
         for i in range(1, max_iter + 1):
-            old_labels, old_c = labels, c
-            c = _means(x, c, labels, distance)
-            labels, distance = _nearest(x, c)
+            old_labels, old_c = labels[on], c[on]
+            c[on] = _means(x, old_c, old_labels, distance[on])
+            labels[on], distance[on] = _nearest(x, c[on])
             # Asking a GPU for the answer stalls it, so ask it only now and then.
             if x.device.type == "cpu" or i % 5 == 0:
-                still = (labels == old_labels).all(1) | ((c - old_c).square().sum((1, 2)) <= enough)
-                if still.all():
+                same = (labels[on] == old_labels).all(1)
+                on = on[~(same | ((c[on] - old_c).square().sum((1, 2)) <= enough))]
+                if len(on) == 0:
                     break
         best = distance.sum(1).argmin()
         labels, c = labels[best], c[best]
@@ -654,7 +656,8 @@ def _kmeans_plus_plus(x: Tensor, k: int, R: int, generator: torch.Generator | No
     def distances(i: Tensor) -> Tensor:
         return torch.addmm(square[i][:, None] + square, x[i], x.mT, alpha=-2).clamp_(min=0)
 
-    if N <= R * trials * k:  # then all pairs at once cost less than what is asked below
+    # One large product is about three times as fast as the thin ones below, entry by entry.
+    if N <= min(3 * R * trials * k, 4096):
         distances = distances(torch.arange(N, device=x.device)).__getitem__
     r = torch.arange(R, device=x.device)
     chosen = [(u[0, :, 0] * N).long().clamp(max=N - 1)]
@@ -671,9 +674,10 @@ def _kmeans_plus_plus(x: Tensor, k: int, R: int, generator: torch.Generator | No
 
 def _nearest(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Label of and squared distance to the nearest centroid: x [N,d], c [R,k,d] -> [R,N] twice."""
-    d = torch.baddbmm(c.square().sum(2)[:, None], x.expand(len(c), -1, -1), c.mT, alpha=-2)
-    distance, labels = d.min(2)
-    return labels, (distance + x.square().sum(1)).clamp_(min=0)
+    R, k, _ = c.shape
+    d = torch.addmm(c.square().sum(2).flatten(), x, c.flatten(0, 1).mT, alpha=-2)
+    distance, labels = d.view(len(x), R, k).min(2)
+    return labels.mT, (distance.mT + x.square().sum(1)).clamp_(min=0)
 
 
 def _means(x: Tensor, c: Tensor, labels: Tensor, distance: Tensor) -> Tensor:
@@ -681,11 +685,14 @@ def _means(x: Tensor, c: Tensor, labels: Tensor, distance: Tensor) -> Tensor:
 
     One-hot matrix products instead of scattered additions, whose order a GPU does not fix.
     """
-    one_hot = F.one_hot(labels, c.shape[1]).to(x.dtype)
-    n = one_hot.sum(1)[..., None]
-    far = x[distance.topk(c.shape[1], dim=1).indices]
+    R, k, _ = c.shape
+    column = labels.mT + k * torch.arange(R, device=x.device)
+    one_hot = x.new_zeros(len(x), R * k).scatter_(1, column, 1.0)
+    n = one_hot.sum(0).view(R, k, 1)
+    means = (one_hot.mT @ x).view_as(c) / n.clamp(min=1)
+    far = x[distance.topk(k, dim=1).indices]
     e = ((n == 0).cumsum(1) - 1).clamp(min=0).expand_as(c)
-    return torch.where(n > 0, (one_hot.mT @ x) / n.clamp(min=1), far.gather(1, e))
+    return torch.where(n > 0, means, far.gather(1, e))
 
 
 def _extremes(labels: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
