@@ -2022,6 +2022,18 @@ def test_low_means_id_for_every_score():
         assert (row_score(name, net, x_in, fit) < row_score(name, net, 0.1 * x_in, fit)).all(), name
 
 
+def test_a_fixed_clip_of_react_replaces_its_percentile():
+    net, z, y, _ = fitted()
+    net.features = nn.Flatten()
+    z = z.abs()
+    for hyper, clip in (
+        (greg.PostHoc(react_p=100.0), z.max()),
+        (greg.PostHoc(react_clip=0.3), 0.3),
+    ):
+        s = row_score("react", net, z, greg.fit_scores(net, z, y, hyper))
+        assert torch.allclose(s, greg.energy_score(net.fc(z.clamp(max=clip))))
+
+
 def test_fitting_refuses_features_that_are_not_finite():
     net, z, y, _ = fitted()
     z[3, 2] = math.nan
@@ -2044,7 +2056,8 @@ def test_hyper_parameters_go_by_data_and_network_and_else_by_class_count():
     assert greg.post_hoc("cifar10", "densenet100", 10).eps == 0.0014
     assert greg.post_hoc("cifar10", "wrn40_2", 10).eps == 0.0006
     assert greg.post_hoc("cifar100", "densenet100", 100).line_a == 10
-    assert greg.post_hoc("mine.npz", "densenet100", 100) == greg.POST_HOC["cifar100"]
+    assert greg.post_hoc("cifar100", "densenet100", 100).react_clip == 1
+    assert greg.post_hoc("mine.npz", "densenet100", 100).line_a == 10
     assert greg.post_hoc("mine.npz", "wrn40_2", 7) == greg.POST_HOC["cifar10", "wrn40_2"]
     assert greg.post_hoc("imagenet", "densenet121", 10).line_clip == 0.8
 
