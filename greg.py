@@ -341,6 +341,8 @@ def greg_loss(
     reduction: str = "paper",
     score: Callable[[Tensor], Tensor] = energy_score,
     aux_loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    grad_share: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> GregLoss:
     """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
 
@@ -348,17 +350,26 @@ def greg_loss(
     [n+m,K]. (The released code runs the network twice a step, updating batch statistics twice.)
     The gradient term on another method (Table 4): its `aux_loss(f_in, f_aux, y_in)` of the logits
     in the place of Eq. (1), and its `score` of the logits, low for ID, in the place of S.
+    grad_share < 1 estimates Eq. (3) on that share of x_in and of x_aux, drawn at random, in a
+    forward of their own: cheaper, noisier, unbiased but for batch norm, whose statistics in
+    training mode are then those of the images drawn.
     Raises ValueError for a compiled net: double backward through one has been silently wrong.
     """
     compiled = hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None)
     if lambda_grad and compiled:
         raise ValueError("the gradient term needs the plain network, not a torch.compile'd one")
-    n_in = len(x_in)
-    x = torch.cat([x_in, x_aux]).detach().requires_grad_(lambda_grad != 0)
+    n_in, x = len(x_in), torch.cat([x_in, x_aux]).detach()
     fast = FastDoubleBackward()
     with fast if lambda_grad else contextlib.nullcontext():
-        logits = net(x)
-    s = score(logits)
+        if lambda_grad and grad_share < 1:
+            rows, n_g = random_rows(n_in, len(x_aux), grad_share, generator, x.device)
+            x_g = x[rows].requires_grad_()
+            logits, s_g = net(x), score(net(x_g))
+            s = score(logits)
+        else:
+            x_g, n_g = x.requires_grad_(lambda_grad != 0), n_in
+            logits = net(x)
+            s = s_g = score(logits)
     wide = logits.to(s.dtype)
     ce = F.cross_entropy(wide[:n_in], y_in)
     if aux_loss is None:
@@ -368,9 +379,30 @@ def greg_loss(
     gradient = s.new_zeros(())
     if lambda_grad:
         with fast.images_only():
-            gradient = gradient_loss(s, x, n_in, m_in, m_aux, reduction)
+            gradient = gradient_loss(s_g, x_g, n_g, m_in, m_aux, reduction)
+        if reduction == "released":
+            gradient = gradient * (len(s_g) / len(s))  # / N, the whole batch
     loss = ce + lambda_s * energy + lambda_grad * gradient
     return GregLoss(loss, ce, energy, gradient, logits, s)
+
+
+def random_rows(
+    n_in: int,
+    n_aux: int,
+    share: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, int]:
+    """That share of the first n_in rows of a batch and of the n_aux after them, and how many of
+    the first: distinct, uniformly drawn, at least one of each. ValueError for a share outside
+    (0, 1]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of images for the gradient term is in (0, 1], got {share}")
+    sides = [
+        torch.randperm(n, generator=generator, device=device)[: max(1, round(share * n))]
+        for n in (n_in, n_aux)
+    ]
+    return torch.cat([sides[0], sides[1] + n_in]), len(sides[0])
 
 
 def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
@@ -2737,6 +2769,8 @@ class Config:
     lambda_s: float | None = option(None, "weight of the auxiliary loss (method)")
     lambda_grad: float = option(1.0, "weight of Eq. (3), for methods that have it")
     reduction: str = option("paper", "paper: Eq. (3); released: Eq. (3) / N, as the released code")
+    grad_every: int = option(1, "Eq. (3) in every N-th step only, with N-fold weight")
+    grad_share: float = option(1.0, "share of a batch on which Eq. (3) is estimated, in (0, 1]")
     stats: str = option(
         "", "normalisation: a key of STATS (default: the start's, the ID data's, else cifar10)"
     )
@@ -2773,9 +2807,12 @@ def resolve(config: Config) -> Config:
     config = replace(config, init=init, **fill)
     if kind == "imagenet" and config.aux.startswith("imagenet") and config.aux != config.id:
         raise ValueError(f"--aux {config.aux} has classes of --id {config.id}: leave --aux out")
-    for name in "epochs", "lr", "batch", "candidates", "aux_epoch", "size":
+    for name in "epochs", "lr", "batch", "candidates", "aux_epoch", "size", "grad_every":
         if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} must be positive, got {getattr(config, name)}")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} must be positive, got {getattr(config, name)}")
+    if not 0 < config.grad_share <= 1:
+        raise ValueError(f"--grad-share must be in (0, 1], got {config.grad_share}")
     try:
         learning_rate(config, 0.0)
     except ValueError:
@@ -3281,12 +3318,16 @@ class Trainer:
         gradient = method.gradient or Gradient()
         m_in = c.m_in if gradient.m_in is None else gradient.m_in
         m_aux = c.m_aux if gradient.m_aux is None else gradient.m_aux
-        lambda_grad = c.lambda_grad if method.gradient else 0.0
+        # The penalty every n-th step with n-fold weight has the same gradient on average, from
+        # n times fewer, n times larger terms ("lazy regularisation", Karras et al. 2020).
+        lazy = 0 if (self.epoch * self.steps + self.step) % c.grad_every else c.grad_every
+        lambda_grad = c.lambda_grad * lazy if method.gradient else 0.0
         if c.reduction == "released":  # Eq. (3) / N with the N of all ranks
             lambda_grad /= self.world
         weights, extra = (c.lambda_s, lambda_grad, c.reduction), (gradient.score, aux_loss)
+        part = c.grad_share, generator
         with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
-            out = greg_loss(self.model, x_in, y_in, x_aux, m_in, m_aux, *weights, *extra)
+            out = greg_loss(self.model, x_in, y_in, x_aux, m_in, m_aux, *weights, *extra, *part)
         self.optimizer.zero_grad()
         out.loss.backward()
         t = (self.epoch * self.steps + self.step) / (c.epochs * self.steps)
@@ -3298,7 +3339,7 @@ class Trainer:
         correct = (out.logits[:n].argmax(1) == y_in).float().mean()
         share_in = (out.scores[:n] <= m_in).float().mean()
         share_aux = (out.scores[n:] >= m_aux).float().sum() / max(1, len(x_aux))
-        terms = *out[:4], correct, share_in, share_aux
+        terms = *out[:3], lazy * out.gradient, correct, share_in, share_aux
         return torch.stack([term.detach().float() for term in terms])
 
     def run_epoch(self) -> dict[str, float]:
@@ -3603,6 +3644,8 @@ def results_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             name = c["method"] + ("" if score == r["score"] else f": {score}")
             name += "" if c["reduction"] == "paper" else f", {c['reduction']}"
             name += "" if c["lambda_grad"] == 1 else f", λ_∇S = {c['lambda_grad']:g}"
+            name += "" if c.get("grad_every", 1) == 1 else f", every {c['grad_every']} steps"
+            name += "" if c.get("grad_share", 1) == 1 else f", {c['grad_share']:g} of the images"
             key = json.dumps([{k: c[k] for k in c if k not in ("seed", "init")}, name])
             row = rows.setdefault(key, {"name": name, "arch": c["arch"]})
             norms = {k: v for k, v in r["gradient_norm"].items() if k != "id"}

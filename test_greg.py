@@ -496,6 +496,52 @@ def test_without_the_gradient_term_greg_loss_is_the_energy_fine_tune():
     assert out.loss.item() == expected.item()
 
 
+@given(seeds, st.sampled_from(["paper", "released"]), st.booleans())
+def test_equation_3_on_a_random_share_of_the_batch_is_unbiased(seed, reduction, images):
+    """The mean over all the ways to draw, value and gradient, is that of the whole batch."""
+    n_in, n_aux = 3, 4
+    net = (nn.Sequential(nn.Flatten(), softplus_net(seed)) if images else softplus_net(seed)).eval()
+    x = normal(seed, n_in + n_aux, *((2, 3) if images else (6,)))
+    s = greg.energy_score(net(x)).detach()
+    margins = s.median().item(), s.median().item() - 0.1
+    y = torch.zeros(n_in, dtype=torch.int64)
+
+    def gradients(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, net.parameters())])
+
+    whole = greg.greg_loss(net, x[:n_in], y, x[n_in:], *margins, reduction=reduction)
+    expected, estimates, draw = gradients(whole.loss), {}, generator(seed)
+    ways = {  # a third and a quarter: one row of each side
+        (i, n_in + j) for i in range(n_in) for j in range(n_aux)
+    }
+    while len(estimates) < len(ways):
+        state = draw.get_state()
+        rows, n = greg.random_rows(n_in, n_aux, 0.3, draw)
+        draw.set_state(state)
+        part = greg.greg_loss(
+            net, x[:n_in], y, x[n_in:], *margins, reduction=reduction, grad_share=0.3,
+            generator=draw,
+        )  # fmt: skip
+        assert n == 1 and torch.equal(part.scores, whole.scores)
+        estimates[tuple(rows.tolist())] = part.gradient.item(), gradients(part.loss)
+    assert set(estimates) == ways
+    values, at_weights = zip(*estimates.values(), strict=True)
+    assert sum(values) / len(ways) == pytest.approx(whole.gradient.item(), rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(sum(at_weights) / len(ways), expected)
+
+
+@given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 1))
+def test_the_rows_drawn_for_equation_3_are_distinct_and_of_both_sides(seed, n_in, n_aux, share):
+    rows, n = greg.random_rows(n_in, n_aux, share, generator(seed))
+    assert len(set(rows.tolist())) == len(rows)
+    assert (rows[:n] < n_in).all() and (rows[n:] >= n_in).all() and rows.max() < n_in + n_aux
+    for drawn, of in ((n, n_in), (len(rows) - n, n_aux)):
+        assert drawn >= 1 and (drawn == 1 or abs(drawn - share * of) <= 0.5)
+    for bad in 0.0, -1.0, 1.5:
+        with pytest.raises(ValueError, match="share"):
+            greg.random_rows(n_in, n_aux, bad)
+
+
 def test_a_compiled_network_is_refused_where_double_backward_may_be_wrong():
     net = nn.Linear(2, 3)
     compiled = nn.Linear(2, 3)
@@ -2885,6 +2931,42 @@ def test_a_step_of_greg_is_greg_loss(pretrained, tmp_path, monkeypatch):
     out = loss(again.train(net.training), x_in, y_in, x_aux)
     torch.testing.assert_close(torch.stack(out[:4]), terms[:4], rtol=1e-5, atol=1e-6)
     assert len(x_in) == len(x_aux) == 16
+
+
+def test_the_lazy_penalty_comes_every_nth_step_with_n_fold_weight(
+    pretrained, tmp_path, monkeypatch
+):
+    config = greg.replace(started_from(pretrained, "greg"), grad_every=3, lambda_grad=0.5)
+    t = trainer(config, tmp_path)
+    t.shuffle()
+    weights, loss = [], greg.greg_loss
+
+    def spy(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more):
+        out = loss(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more)
+        weights.append((lambda_grad, out.gradient.item()))
+        return out
+
+    monkeypatch.setattr(greg, "greg_loss", spy)
+    terms = []
+    for t.epoch, t.step in [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]:
+        t.steps = 4
+        terms.append(t.train_step())
+    assert [w for w, _ in weights] == [1.5, 0, 0, 1.5, 0]  # over the epochs' borders
+    logged = [row[greg.TERMS.index("gradient")].item() for row in terms]
+    assert logged == pytest.approx([3 * g for _, g in weights]) and logged[0] > 0 == logged[1]
+
+
+@pytest.mark.parametrize("share,rows", [(1.0, []), (0.25, [8])])
+def test_a_share_of_the_images_costs_a_forward_of_their_own(
+    share, rows, pretrained, tmp_path, monkeypatch
+):
+    t = trainer(greg.replace(started_from(pretrained, "greg"), grad_share=share), tmp_path)
+    t.shuffle()
+    t.net.train()
+    seen = []
+    t.net.register_forward_hook(lambda net, x, out: seen.append(len(x[0])))
+    assert t.train_step()[3].item() > 0
+    assert seen == [32, *rows]
 
 
 @pytest.mark.parametrize("method,candidates", [("greg+", 96), ("dos", 96)])
