@@ -2775,6 +2775,7 @@ class Config:
         "", "normalisation: a key of STATS (default: the start's, the ID data's, else cifar10)"
     )
     amp: bool = option(False, "bfloat16 autocast")
+    amp_candidates: bool = option(False, "bfloat16 where auxiliary images are only chosen among")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
 
@@ -3213,7 +3214,8 @@ class Trainer:
 
     def embed(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits and features of uint8 images that come in parts: no more are floats at once."""
-        out = [embed(self.net, self.input(x.to(self.device)), self.config.amp) for x in parts]
+        amp = self.config.amp or self.config.amp_candidates
+        out = [embed(self.net, self.input(x.to(self.device)), amp) for x in parts]
         logits, z = (torch.cat(t) for t in zip(*out, strict=True))
         return logits, z
 
@@ -4299,9 +4301,12 @@ def command_bench(args: argparse.Namespace) -> None:
             count = f"{passes[name] / passes[first]:.2f}" if passes else ""
             rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio, count])
 
-    layouts = [{}, {"channels_last": True}] + [{"channels_last": True, "amp": True}] * args.amp
+    layouts = [(), ("channels_last",)]
+    if args.amp:
+        layouts += [("channels_last", "amp_candidates"), ("channels_last", "amp")]
     for arch, layout in itertools.product(args.archs, layouts):
-        jobs, passes = bench_steps(arch, args.batch, args.methods, device, **layout)
+        options = dict.fromkeys(layout, True)
+        jobs, passes = bench_steps(arch, args.batch, args.methods, device, **options)
         what = ", ".join([arch, f"{args.batch} ID images", *layout])
         add(f"step, {what.replace('amp', 'bf16')}", jobs, passes)
     for N, d, k in args.kmeans:

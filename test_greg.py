@@ -2956,6 +2956,20 @@ def test_the_lazy_penalty_comes_every_nth_step_with_n_fold_weight(
     assert logged == pytest.approx([3 * g for _, g in weights]) and logged[0] > 0 == logged[1]
 
 
+@pytest.mark.parametrize("option,step", [("amp_candidates", False), ("amp", True)])
+def test_amp_candidates_leaves_the_step_itself_in_float32(option, step, pretrained, tmp_path):
+    t = trainer(greg.replace(started_from(pretrained, "greg+"), **{option: True}), tmp_path)
+    t.shuffle()
+    t.net.train()
+    seen = []  # candidates are embedded in eval mode
+    t.net.fc.register_forward_hook(lambda m, _, out: seen.append((m.training, out.dtype)))
+    t.train_step()
+    assert [(mode, dtype == torch.bfloat16) for mode, dtype in seen] == [
+        (False, True),
+        (True, step),
+    ]
+
+
 @pytest.mark.parametrize("share,rows", [(1.0, []), (0.25, [8])])
 def test_a_share_of_the_images_costs_a_forward_of_their_own(
     share, rows, pretrained, tmp_path, monkeypatch
@@ -3728,7 +3742,7 @@ def test_bench_prints_a_row_for_every_job(monkeypatch, capsys):
     assert greg.main(line.split()) == 0
     table = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row[:2] == "| "]
     jobs = [row[1] for row in table[2:]]
-    assert jobs[:2] == ["ce", "greg+"] and jobs.count("greg+") == 3
+    assert jobs[:2] == ["ce", "greg+"] and jobs.count("greg+") == 4
     assert {"ours", "torchvision, image by image", "the sort alone"} <= set(jobs)
     assert all(float(row[4]) > 0 for row in table[2:])
 
