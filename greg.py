@@ -40,6 +40,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -1826,14 +1827,12 @@ def batch(
     mean: Tensor | tuple,
     std: Tensor | tuple,
     device: torch.device | str = "cpu",
-    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Rows `index` of x [N,H,W,C] as normalised float [n,C,H,W]; augmented with a generator.
+    """Rows `index` of x [N,H,W,C] as normalised float [n,C,H,W] on a device.
 
     Only these rows are read and moved, so that x may be a memory-mapped file.
     """
-    rows = x[index.to(x.device)].to(device, non_blocking=True)
-    return normalise(rows if generator is None else augment(rows, generator), mean, std)
+    return normalise(x[index.to(x.device)].to(device, non_blocking=True), mean, std)
 
 
 # The built-in benchmark: figures under random place, size, angle, colour, texture and noise.
@@ -2063,7 +2062,8 @@ def _locate(name: str, root: str | Path, download: bool) -> Path:
     if not file.exists() and not download:
         raise FileNotFoundError(f"{name}: no {file}. It comes from {source.url}; {_advice(name)}")
     Path(root).mkdir(parents=True, exist_ok=True)
-    with _alone(root):
+    ready = file.exists() and not source.folder  # nothing to write: the root may be read-only
+    with contextlib.nullcontext() if ready else _alone(root):
         if not (source.folder and target.is_dir()):
             _fetch(name, file)
             if source.folder:
@@ -2079,19 +2079,22 @@ def _advice(name: str) -> str:
 
 def _fetch(name: str, file: Path) -> None:
     """The file of a published set, of the published md5."""
-    from torchvision.datasets.utils import calculate_md5, download_url
+    from torchvision.datasets.utils import calculate_md5
 
-    source, part = SOURCES[name], file.with_name(file.name + ".part")
     if not file.exists():
-        try:
-            download_url(source.url, str(file.parent), part.name)
-            part.rename(file)
-        except (OSError, RuntimeError) as e:
-            message = f"{name}: {source.url} could not be fetched to {file} ({e}); {_advice(name)}"
-            raise FileNotFoundError(message) from None
-    if (md5 := calculate_md5(file)) != source.md5:
-        message = f"{file} is damaged or another file: md5 {md5}, published {source.md5}"
+        _download(SOURCES[name].url, file, _advice(name))
+    if (md5 := calculate_md5(file)) != (published := SOURCES[name].md5):
+        message = f"{file} is damaged or another file: md5 {md5}, published {published}"
         raise ValueError(f"{message}; delete it and fetch it again")
+
+
+def _download(url: str, file: Path, advice: str) -> None:
+    """The file of a URL, complete or not at all."""
+    try:
+        torch.hub.download_url_to_file(url, str(file))
+    except OSError as e:
+        message = f"{url} could not be fetched to {file} ({e}); {advice}"
+        raise FileNotFoundError(message) from None
 
 
 def _open(path: str | Path) -> Any:
@@ -2136,8 +2139,10 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _decode(files: Sequence[Path], size: int, resize: bool = True, skip: bool = False) -> Images:
-    """All files in memory, y their positions: with `skip`, those that can be read."""
+def _decode(
+    files: Sequence[Path], size: int, resize: bool = True, skip: bool = False
+) -> tuple[Tensor, Tensor]:
+    """All files in memory, and their positions: with `skip`, of those that can be read."""
     x, corrupt = torch.empty(len(files), size, size, 3, dtype=torch.uint8), []
 
     def read(i: int) -> bool:
@@ -2155,7 +2160,7 @@ def _decode(files: Sequence[Path], size: int, resize: bool = True, skip: bool = 
     report_corrupt(corrupt)
     if not good.any():
         raise ValueError(f"none of the {len(files)} images around {files[0]} can be read")
-    return Images(x if good.all() else x[good], good.nonzero()[:, 0], "")
+    return x if good.all() else x[good], good.nonzero()[:, 0]
 
 
 def report_corrupt(names: Collection[str]) -> None:
@@ -2174,7 +2179,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         loaded = np.load(path, mmap_mode="c", allow_pickle=False)
         return {"x": loaded} if isinstance(loaded, np.ndarray) else dict(loaded)
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is not a NumPy file that can be read: {e}") from None
+        why = "it holds pickled objects, which could run code" if "pickle" in str(e) else e
+        raise ValueError(f"{path} is not a NumPy file that can be read: {why}") from None
 
 
 def _pixels(array: np.ndarray, path: Path, name: str = "x") -> Tensor:
@@ -2229,13 +2235,17 @@ def _id_folder(path: Path, size: int, skip: bool) -> tuple[Images, Images]:
     for part in (path / "train", path / "test"):
         if not part.is_dir():
             raise FileNotFoundError(f"no {part}: ID images are in {path}/train|test/CLASS/*.png")
-        names = sorted(p.name for p in part.iterdir() if p.is_dir() and p.name[0] != ".")
+        names = _subfolders(part)
         if not names or names != (classes or names):
             raise ValueError(f"{part} must have the same class folders as train, has {names[:9]}")
         classes, (files, y) = names, _class_files(part, names)
-        decoded = _decode(files, size, skip=skip)
-        splits.append(_mixed(Images(decoded.x, y[decoded.y], path.name, tuple(names))))
+        x, kept = _decode(files, size, skip=skip)
+        splits.append(_mixed(Images(x, y[kept], path.name, tuple(names))))
     return splits[0], splits[1]
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
 
 
 def _class_files(folder: Path, names: Sequence[str]) -> tuple[list[Path], Tensor]:
@@ -2279,6 +2289,7 @@ class Files:
     def content(self, i: int) -> Tensor:
         """The bytes of file i."""
         content = bytearray(Path(os.fsdecode(self.files[i])).read_bytes())
+        # frombuffer refuses an empty file; one zero byte is no image either.
         return torch.frombuffer(content or bytearray(1), dtype=torch.uint8)
 
     def select(self, index: slice | Tensor) -> Files:
@@ -2338,7 +2349,7 @@ def imagenet_classes(folder: Path, classes: str = "") -> list[str]:
         raise FileNotFoundError(
             f"no {folder}: ImageNet is read from imagenet/train|val/WNID/*.JPEG"
         )
-    known = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
+    known = _subfolders(folder)
     if classes.isdigit():
         rank = np.random.RandomState(1993).permutation(len(known))  # those of the lowest ranks
         names = [known[i] for i in rank.argsort()[: int(classes)]]
@@ -2367,30 +2378,28 @@ def load_imagenet(
     root/train/WNID/*.JPEG and root/val/WNID/*.JPEG, as torchvision has them too. "val" is decoded,
     the others stay files.
     """
-    names = imagenet_classes(root / "train", classes)
+    names, folder = imagenet_classes(root / "train", classes), root / part
     if part == "aux":
-        rest = {p.name for p in (root / "train").iterdir() if p.is_dir() and p.name[0] != "."}
-        files, y = _class_files(root / "train", sorted(rest - set(names)))
-        images = _mixed(Images(Files(files, y, size, skip), y, "imagenet"))
-        return images._replace(y=None)
-    files, y = _class_files(root / part, names)
-    if part == "train":
-        return _mixed(Images(Files(files, y, size, skip), y, "imagenet", tuple(names)))
-    decoded = _decode(files, size, skip=skip)
-    return _mixed(Images(decoded.x, y[decoded.y], "imagenet", tuple(names)))
+        folder = root / "train"
+        names = [name for name in _subfolders(folder) if name not in names]
+    files, y = _class_files(folder, names)
+    if part == "val":
+        x, kept = _decode(files, size, skip=skip)
+        return _mixed(Images(x, y[kept], "imagenet", tuple(names)))
+    images = _mixed(Images(Files(files, y, size, skip), y, "imagenet", tuple(names)))
+    return images._replace(y=None, classes=()) if part == "aux" else images
 
 
 def load_id(
     name: str,
     root: str | Path = "data",
     download: bool = False,
-    seed: int = 0,
     size: int = 32,
     skip_corrupt: bool = False,
 ) -> tuple[Images, Images]:
     """In-distribution training and test images: a name or a path.
 
-    Names: cifar10, cifar100, synthetic (of `seed`), imagenet or imagenet:CLASSES (see
+    Names: cifar10, cifar100, synthetic, imagenet or imagenet:CLASSES (see
     `imagenet_classes`), below root/imagenet. A path is an .npz with x_train, y_train, x_test,
     y_test, or a folder train|test/CLASS/*.png. Files become size×size. Raises FileNotFoundError for
     a set that is not there, saying where it comes from; ValueError for one that is damaged.
@@ -2401,7 +2410,7 @@ def load_id(
         train, test = (load_imagenet(part, folder, *options) for part in ("train", "val"))
         return train, test
     if name == "synthetic":
-        return synthetic("train", seed=seed), synthetic("test", seed=seed)
+        return synthetic("train"), synthetic("test")
     if name in ("cifar10", "cifar100"):
         from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -2428,14 +2437,11 @@ def _existing(path: str | Path, known: str) -> Path:
 def _unlabelled(path: Path, size: int, name: str, skip: bool = False) -> Images:
     """Images of an .npy, an .npz (its x, or else its first array) or below a folder."""
     if path.is_dir():
-        return Images(_decode(_files(path), size, skip=skip).x, None, name)
+        return Images(_decode(_files(path), size, skip=skip)[0], None, name)
     arrays = _arrays(path)
     if not arrays:
         raise ValueError(f"{path} holds no array")
-    x = _pixels(arrays.get("x", next(iter(arrays.values()))), path)
-    if x.shape[1:3] != (size, size):
-        raise ValueError(f"{path} has images {list(x.shape[1:3])}, need {size}×{size}: resize them")
-    return Images(x, None, name)
+    return Images(_pixels(arrays.get("x", next(iter(arrays.values()))), path), None, name)
 
 
 def _check_size(images: Images, size: int, what: str) -> None:
@@ -2448,7 +2454,6 @@ def load_aux(
     name: str,
     root: str | Path = "data",
     download: bool = False,
-    seed: int = 0,
     size: int = 32,
     skip_corrupt: bool = False,
 ) -> Images:
@@ -2460,13 +2465,14 @@ def load_aux(
     if kind == "imagenet":
         return load_imagenet("aux", Path(root) / "imagenet", classes, size, skip_corrupt)
     if name == "synthetic":
-        images = synthetic("aux", seed=seed)
-        _check_size(images, size, "the auxiliary set")
-        return images
-    if name == "random300k":
-        return _unlabelled(_locate(name, root, download), size, name)
-    known = "random300k, synthetic, imagenet"
-    return _unlabelled(_existing(name, known), size, Path(name).stem, skip_corrupt)
+        images = synthetic("aux")
+    elif name == "random300k":
+        images = _unlabelled(_locate(name, root, download), size, name)
+    else:
+        path = _existing(name, "random300k, synthetic, imagenet")
+        images = _unlabelled(path, size, path.stem, skip_corrupt)
+    _check_size(images, size, f"the auxiliary set {name}")
+    return images
 
 
 def _published_ood(name: str, root: str | Path, download: bool, size: int, skip: bool) -> Images:
@@ -2484,18 +2490,18 @@ def _published_ood(name: str, root: str | Path, download: bool, size: int, skip:
         keep = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:10000]
         files = [files[i] for i in keep.sort().values.tolist()]
     # LSUN-C has larger images (36×36 in ODIN's file): cropped, not resized, as in the released code
-    return Images(_decode(files, size, name != "lsun_c", skip).x, None, name)
+    return Images(_decode(files, size, name != "lsun_c", skip)[0], None, name)
 
 
 def load_ood(
-    specs: list[str],
+    specs: Sequence[str],
     root: str | Path = "data",
     download: bool = False,
     size: int = 32,
     skip_corrupt: bool = False,
     benchmark: Sequence[str] = PAPER_OOD,
 ) -> tuple[dict[str, Images], list[str]]:
-    """OOD test sets by name, and the benchmark's sets that are left out, for the table to say so.
+    """OOD test sets by name, and the benchmark's sets that are left out, for tables to say so.
 
     A spec is one of PAPER_OOD or IMAGENET_OOD; "available", those of the benchmark that are there;
     "synthetic", all six families; or NAME=PATH, an .npy or .npz of uint8 [N,H,W,3] or a folder of
@@ -2503,51 +2509,67 @@ def load_ood(
     there, saying where it comes from; ValueError for one that is damaged or malformed, or named
     twice.
     """
-    sets, known = {}, benchmark
-    benchmark = _OOD if set(specs) <= {"synthetic", *_OOD} else benchmark
-    families = [f for spec in specs for f in (_OOD if spec == "synthetic" else [spec])]
-    for spec in families:
-        for name in known if spec == "available" else [spec]:
+    sets, groups = {}, {"synthetic": _OOD, "available": benchmark}
+    expected = _OOD if set(specs) <= {"synthetic", *_OOD} else benchmark
+    for spec in specs:
+        for name in groups.get(spec, [spec]):
             name, _, path = name.partition("=")
             if name in sets:
                 raise ValueError(f"the OOD set {name} is given twice")
+            if path and (name in ("", "id", "mean") or "/" in name):  # columns of the tables
+                raise ValueError(f"an OOD set cannot be named {name!r}: give --ood another NAME")
             try:
                 sets[name] = _load_ood(name, path, root, download, size, skip_corrupt)
             except FileNotFoundError:
                 if spec != "available":
                     raise
     if not sets:
-        raise ValueError(f"no OOD set to evaluate on: name some with --ood ({', '.join(known)})")
+        known = ", ".join(benchmark)
+        raise ValueError(f"no OOD set to evaluate on: name some with --ood ({known})")
     for name, images in sets.items():
         _check_size(images, size, f"the OOD set {name}")
-    return sets, [name for name in benchmark if name not in sets]
+    return sets, [name for name in expected if name not in sets]
 
 
 def _load_ood(
     name: str, path: str, root: str | Path, download: bool, size: int, skip: bool
 ) -> Images:
-    names = dict.fromkeys((*PAPER_OOD, *IMAGENET_OOD))
-    known = ", ".join((*names, "available", "synthetic", *_OOD, "NAME=PATH"))
+    published = dict.fromkeys((*PAPER_OOD, *IMAGENET_OOD))
+    known = ", ".join((*published, "available", "synthetic", *_OOD, "NAME=PATH"))
     if path:
         return _unlabelled(_existing(path, known), size, name, skip)
     if name in _OOD:
         return synthetic(name)
-    if name not in names:
+    if name not in published:
         raise ValueError(f"no OOD set {name!r}; there are {known}")
     return _published_ood(name, root, download, size, skip)
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field of `Config` or `DataOptions`, and what argparse is told of it."""
+    return field(default=default, metadata={"help": help} | more)
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Where data sets lie, whether absent ones may be fetched, how files are read."""
 
-    root: str = "data"
-    download: bool = False
-    ood: tuple[str, ...] = ()  # () is the benchmark's
-    skip_corrupt: bool = False
-    workers: int = 4
-    decode: str = "cpu"  # device that decodes the JPEG files of a training stream
-    candidate_chunk: int = 512
+    root: str = option("data", "folder of the data sets")
+    download: bool = option(False, "fetch the sets that are absent")
+    ood: Sequence[str] = option(
+        (),
+        "OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's)",
+        nargs="*",
+        metavar="NAME[=PATH]",
+    )
+    skip_corrupt: bool = option(False, "name damaged image files and go on without")
+    workers: int = option(4, "processes that decode")
+    decode: str = option(
+        "cpu",
+        "where to decode JPEG files of a training stream; what the GPU cannot goes through Pillow",
+        choices=["cpu", "cuda"],
+    )
+    candidate_chunk: int = option(512, "candidates in one forward: fewer need less memory")
 
     def __post_init__(self):
         if self.workers < 0 or self.candidate_chunk < 1:
@@ -2564,7 +2586,7 @@ class DataOptions:
         benchmark = IMAGENET_OOD if id.partition(":")[0] == "imagenet" else PAPER_OOD
         names = self.ood or (["synthetic"] if id == "synthetic" else benchmark)
         options = self.root, self.download, size, self.skip_corrupt, benchmark
-        return train_set, test_set, *load_ood(list(names), *options)
+        return train_set, test_set, *load_ood(names, *options)
 
 
 # ==================================================================================================
@@ -2726,11 +2748,6 @@ RECIPES = {
 }
 
 
-def option(default: Any, help: str) -> Any:
-    """A field of `Config` and its text in --help."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class Config:
     """One training run. A None is filled from the method's recipe by `resolve`."""
@@ -2780,6 +2797,12 @@ class Config:
     channels_last: bool = option(False, "channels-last memory format")
 
 
+def fine_tunes(method: str, id: str) -> bool:
+    """Whether a method starts from a pre-trained network: on ImageNet all do (Section 6.1)."""
+    imagenet = id.partition(":")[0] == "imagenet"
+    return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
+
+
 def resolve(config: Config) -> Config:
     """Fill in what the method's recipe gives and check the whole; ValueError for what cannot be."""
     for name, table in (("method", METHODS), ("arch", ARCHS)):
@@ -2790,10 +2813,9 @@ def resolve(config: Config) -> Config:
     init = config.init
     if (kind, config.method, config.arch) == ("imagenet", "ce", "densenet121"):
         init = init or "torchvision"
-    # On ImageNet everything is a fine-tune (Section 6.1): of DenseNet-121 with a new head.
-    tuned = kind == "imagenet" and (config.method != "ce" or init)
-    recipe = "finetune" if tuned else method.recipe
-    fill = RECIPES[recipe] | {"lambda_s": method.lambda_s}
+    tuned = fine_tunes(config.method, config.id)
+    short = tuned or (kind == "imagenet" and init)  # there "ce" gives DenseNet-121 a new head
+    fill = RECIPES["finetune" if short else method.recipe] | {"lambda_s": method.lambda_s}
     fill["size"] = 224 if kind == "imagenet" else 32
     fill = {k: v for k, v in fill.items() if getattr(config, k) is None}
     if not method.sampler.share:
@@ -2805,7 +2827,12 @@ def resolve(config: Config) -> Config:
         known = config.init and start.is_file()
         stats = json.loads(start.read_text())["stats"] if known else kind
         fill["stats"] = stats if stats in STATS else "cifar10"
-    config = replace(config, init=init, **fill)
+    return check_config(replace(config, init=init, **fill))
+
+
+def check_config(config: Config) -> Config:
+    """The configuration, filled in, as it is; ValueError for what cannot be."""
+    method, kind = METHODS[config.method], config.id.partition(":")[0]
     if kind == "imagenet" and config.aux.startswith("imagenet") and config.aux != config.id:
         raise ValueError(f"--aux {config.aux} has classes of --id {config.id}: leave --aux out")
     for name in "epochs", "lr", "batch", "candidates", "aux_epoch", "size", "grad_every":
@@ -2815,8 +2842,10 @@ def resolve(config: Config) -> Config:
     if not 0 < config.grad_share <= 1:
         raise ValueError(f"--grad-share must be in (0, 1], got {config.grad_share}")
     try:
-        learning_rate(config, 0.0)
-    except ValueError:
+        shares = () if config.schedule == "cosine" else config.schedule.split(",")
+        if not all(0 < Fraction(share) < 1 for share in shares):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
         message = f'--schedule must be "cosine" or shares as "0.5,0.75", got {config.schedule!r}'
         raise ValueError(message) from None
     if config.reduction not in ("paper", "released"):
@@ -2833,7 +2862,7 @@ def resolve(config: Config) -> Config:
         raise ValueError(f"unknown --stats {config.stats!r}; one of {', '.join(STATS)}")
     if config.m_in >= config.m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {config.m_in}, {config.m_aux}")
-    if recipe == "finetune" and not config.init:
+    if fine_tunes(config.method, config.id) and not config.init:
         raise ValueError(f"{config.method} fine-tunes a pre-trained network: name it with --init")
     return config
 
@@ -2865,16 +2894,17 @@ def world() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
 
 
-def write_atomically(path: Path, write: Callable[[Path], object], keep: str = "") -> None:
-    """write(temporary file), flush it to the disk, rename it: `path` is never half-written.
+def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
+    """Write a temporary file, flush it to the disk, rename it: `path` is never half-written.
 
-    The file that was there before is kept under the name `keep`, if one is given. A write that
-    fails leaves it as it was, and no temporary file.
+    Text is UTF-8. The file that was there before is kept under the name `keep`, if one is given. A
+    write that fails leaves it as it was, and no temporary file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        write(temporary)
-        with open(temporary, "rb") as f:
+        with open(temporary, "wb") as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+            f.flush()
             os.fsync(f.fileno())
     except OSError as e:
         temporary.unlink(missing_ok=True)
@@ -2887,8 +2917,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep: str = ""
 
 def write_json(path: Path, value: object) -> None:
     """`value` as readable JSON, atomically; NaN is refused."""
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda p: p.write_text(text))
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -2914,17 +2943,15 @@ _DENSENET121 = "https://download.pytorch.org/models/densenet121-a639ec97.pth"
 
 def torchvision_weights(root: str | Path, download: bool) -> Path:
     """torchvision's DenseNet-121, 1,000 classes; its name holds the first digits of its SHA-256."""
-    path = Path(root) / Path(_DENSENET121).name
-    if not path.exists() and not download:
-        message = f"no {path}: run again with --download, or put the file of {_DENSENET121} there"
-        raise FileNotFoundError(f"{message}; or start from other weights with --init")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(root):
-        try:
-            if not path.exists():
-                torch.hub.download_url_to_file(_DENSENET121, str(path))
-        except OSError as e:
-            raise FileNotFoundError(f"{_DENSENET121} could not be fetched ({e})") from None
+    path, advice = Path(root) / Path(_DENSENET121).name, "or start from other weights with --init"
+    if not path.exists():
+        if not download:
+            message = f"no {path}: run again with --download, or put {_DENSENET121} there"
+            raise FileNotFoundError(f"{message}; {advice}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(root):
+            if not path.exists():  # another process may have fetched it meanwhile
+                _download(_DENSENET121, path, advice)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(path.stem[-8:]):
         raise ValueError(f"{path} is damaged (SHA-256); delete it and fetch it again")
     return path
@@ -3122,7 +3149,7 @@ def check_same(config: Config, saved: dict[str, Any], folder: Path) -> None:
     differ = [f"{k} {saved[k]} -> {v}" for k, v in ours.items() if saved[k] != v]
     if differ:
         what = ", ".join(differ)
-        raise ValueError(f"{folder} holds another run ({what}); choose another --out")
+        raise ValueError(f"{folder} holds another run ({what}); choose another folder")
 
 
 SYNC_STEPS = 20  # steps between two looks at the loss
@@ -3187,11 +3214,10 @@ class Trainer:
             state |= {"size": self.train_set.x.shape[1], "net": self.net.state_dict()}
             state |= {"optimizer": self.optimizer.state_dict(), "memory": self.memory}
             state |= {"epoch": self.epoch, "step": self.step, "sums": self.sums} | more
-            path = self.folder / "checkpoint.pt"
             content = io.BytesIO()  # torch.save to a full disk would raise no OSError
             torch.save(state, content)
-            write = lambda p: p.write_bytes(content.getbuffer())  # noqa: E731
-            write_atomically(path, write, keep="checkpoint.prev.pt")
+            path = self.folder / "checkpoint.pt"
+            write_atomically(path, content.getbuffer(), keep="checkpoint.prev.pt")
         self.saved = time.time()
 
     def resume(self) -> bool:
@@ -3245,7 +3271,10 @@ class Trainer:
             self.order_aux = self.memory["pool"] = sampler.pool(self, self.order_aux, n, g)
 
     def plan(self, step: int) -> dict[str, Tensor]:
-        """Positions of this rank's ID and auxiliary images of a step in the epoch's orders."""
+        """Positions of this rank's ID and auxiliary images of a step in the epoch's orders.
+
+        The auxiliary images of an epoch are cut into one part for each step and rank.
+        """
         c, sampler = self.config, self.method.sampler
         first = step * c.batch + self.rank * self.share
         positions = {"in": torch.arange(first, first + self.share)}
@@ -3322,14 +3351,16 @@ class Trainer:
         m_aux = c.m_aux if gradient.m_aux is None else gradient.m_aux
         # The penalty every n-th step with n-fold weight has the same gradient on average, from
         # n times fewer, n times larger terms ("lazy regularisation", Karras et al. 2020).
-        lazy = 0 if (self.epoch * self.steps + self.step) % c.grad_every else c.grad_every
-        lambda_grad = c.lambda_grad * lazy if method.gradient else 0.0
+        fold = 0 if (self.epoch * self.steps + self.step) % c.grad_every else c.grad_every
+        lambda_grad = c.lambda_grad * fold if method.gradient else 0.0
         if c.reduction == "released":  # Eq. (3) / N with the N of all ranks
             lambda_grad /= self.world
-        weights, extra = (c.lambda_s, lambda_grad, c.reduction), (gradient.score, aux_loss)
-        part = c.grad_share, generator
         with torch.autocast(self.device.type, torch.bfloat16, enabled=c.amp):
-            out = greg_loss(self.model, x_in, y_in, x_aux, m_in, m_aux, *weights, *extra, *part)
+            out = greg_loss(
+                self.model, x_in, y_in, x_aux, m_in, m_aux, c.lambda_s, lambda_grad, c.reduction,
+                score=gradient.score, aux_loss=aux_loss, grad_share=c.grad_share,
+                generator=generator,
+            )  # fmt: skip
         self.optimizer.zero_grad()
         out.loss.backward()
         t = (self.epoch * self.steps + self.step) / (c.epochs * self.steps)
@@ -3338,10 +3369,11 @@ class Trainer:
         self.optimizer.step()
         if self.world > 1:
             average_buffers(self.net)
-        correct = (out.logits[:n].argmax(1) == y_in).float().mean()
+        K = len(self.train_set.classes)
+        correct = (out.logits[:n, :K].argmax(1) == y_in).float().mean()
         share_in = (out.scores[:n] <= m_in).float().mean()
         share_aux = (out.scores[n:] >= m_aux).float().sum() / max(1, len(x_aux))
-        terms = *out[:3], lazy * out.gradient, correct, share_in, share_aux
+        terms = *out[:3], fold * out.gradient, correct, share_in, share_aux
         return torch.stack([term.detach().float() for term in terms])
 
     def run_epoch(self) -> dict[str, float]:
@@ -3396,7 +3428,7 @@ class Trainer:
             raise FloatingPointError(
                 f"the {name} term is {terms[row, TERMS.index(name)]:g} at {where}; usual causes: "
                 "a learning rate or lambda_grad that is too large, or weights trained with another "
-                f"normalisation (--stats). The last good checkpoint stays in {self.folder}"
+                f"normalisation (--stats). What was saved before stays in {self.folder}"
             )
         self.sums += terms.sum(0)
 
@@ -3409,10 +3441,10 @@ class Trainer:
             x = normalise(images.x[:256].to(self.device), *stats)
             logits = embed(self.net, x)[0]
             s[k] = energy_score(logits)
-            row |= {f"probe_s_{k}": s[k].mean()}
-            row |= {f"probe_gradient_{k}": input_gradients(self.net, x).mean()}
+            row[f"probe_s_{k}"] = s[k].mean()
+            row[f"probe_gradient_{k}"] = input_gradients(self.net, x).mean()
             if k == "in":
-                correct = logits.argmax(1) == self.train_set.y[:256]
+                correct = logits[:, : len(images.classes)].argmax(1) == images.y[:256]
                 row["probe_accuracy"] = correct.float().mean()
         if "aux" in s:
             margins = self.config.m_in, self.config.m_aux
@@ -3426,8 +3458,7 @@ class Trainer:
         path = self.folder / "log.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         lines = [line for line in lines if json.loads(line)["epoch"] < row["epoch"]]
-        text = "".join(line + "\n" for line in [*lines, json.dumps(row)])
-        write_atomically(path, lambda p: p.write_text(text))
+        write_atomically(path, "".join(line + "\n" for line in [*lines, json.dumps(row)]))
 
     def run(self) -> None:
         """Train from where the folder's checkpoint stands, or from the start, to the last epoch."""
@@ -3470,14 +3501,13 @@ def warn_of_collapse(folder: Path, row: dict[str, float], config: Config) -> Non
     The energy authors' advice: margins near the pre-trained network's mean scores.
     """
     first = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-    if config.init and row["probe_accuracy"] < first["probe_accuracy"] - 0.1:
-        m_in, m_aux = first["probe_s_in"], first.get("probe_s_aux", config.m_aux)
-        print(
-            f"warning: ID accuracy fell from {first['probe_accuracy']:.1%} to "
-            f"{row['probe_accuracy']:.1%}; margins nearer to the pre-trained mean scores are "
-            f"kinder: --m-in {m_in:.1f} --m-aux {m_aux:.1f}",
-            file=sys.stderr,
-        )
+    before, now = first["probe_accuracy"], row["probe_accuracy"]
+    if config.init and now < before - 0.1:
+        advice = ""
+        if METHODS[config.method].loss in (None, balanced_energy_loss):
+            margins = f"--m-in {first['probe_s_in']:.1f} --m-aux {first['probe_s_aux']:.1f}"
+            advice = f"; margins nearer to the pre-trained mean scores are kinder: {margins}"
+        print(f"warning: ID accuracy fell from {before:.1%} to {now:.1%}{advice}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -3569,7 +3599,8 @@ def evaluate(
         if key == "id":
             accuracy = (classes == images.y.cpu()).double().mean().item()
             gamma = {name: threshold(s) for name, s in scores.items()}
-        for name, s in scores.items() if key != "id" else ():
+            continue
+        for name, s in scores.items():
             metrics[name][key] = ood_metrics(raw[f"{name}/id"], s, key)
     for sets in metrics.values():
         keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
@@ -3582,14 +3613,10 @@ def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) 
     """scores.npz, results.md, and last results.json, which marks a run as finished."""
     import numpy as np
 
-    arrays = {key: s.numpy() for key, s in raw.items()}
-
-    def write_npz(path: Path) -> None:
-        with open(path, "wb") as f:
-            np.savez_compressed(f, **arrays)
-
-    write_atomically(folder / "scores.npz", write_npz)
-    write_atomically(folder / "results.md", lambda p: p.write_text(results_table([results])))
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
+    write_atomically(folder / "scores.npz", arrays.getbuffer())
+    write_atomically(folder / "results.md", results_table([results]))
     write_json(folder / "results.json", results)
 
 
@@ -3622,13 +3649,11 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
         aux = _on(device, aux, config.n_aux)
     train_set = _on(device, train_set, config.n_train)
     trainer = Trainer(config, folder, train_set, aux, device, data)
-    start = time.time()
     trainer.run()
     score = METHODS[config.method].score
     names = [score] if config.aux else POST_HOC_ROWS
     results, raw = evaluate(trainer.net, trainer.train_set, test_set, ood, config, names)
-    results |= {"config": asdict(config), "left_out": left_out, "seconds": time.time() - start}
-    results["score"] = score
+    results |= {"config": asdict(config), "left_out": left_out, "score": score}
     trainer.save(gamma=results["gamma"][score], score=score)
     if trainer.rank == 0:
         save_results(folder, results | environment(), raw)
@@ -3637,37 +3662,42 @@ def train(config: Config, folder: Path, device: torch.device, data: DataOptions)
     return results
 
 
+VARIANTS = (  # an option of Config, its usual value, and what a row with another is called
+    ("reduction", "paper", ", {}"),
+    ("lambda_grad", 1, ", λ_∇S = {:g}"),
+    ("grad_every", 1, ", every {} steps"),
+    ("grad_share", 1, ", {:g} of the images"),
+)
+
+
 def results_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs that differ in the seed alone become one row: {column: [value of each seed]}."""
+    """Runs that differ in the seed alone become one row: {column: {seed: value}}.
+
+    A run that was evaluated twice is one seed, with the later values.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for r in results:
-        c = r["config"]
+        c = {f.name: r["config"].get(f.name, f.default) for f in fields(Config)}
+        seed = c.pop("seed"), c.pop("init")
         for score, sets in r["metrics"].items():
             name = c["method"] + ("" if score == r["score"] else f": {score}")
-            name += "" if c["reduction"] == "paper" else f", {c['reduction']}"
-            name += "" if c["lambda_grad"] == 1 else f", λ_∇S = {c['lambda_grad']:g}"
-            name += "" if c.get("grad_every", 1) == 1 else f", every {c['grad_every']} steps"
-            name += "" if c.get("grad_share", 1) == 1 else f", {c['grad_share']:g} of the images"
-            key = json.dumps([{k: c[k] for k in c if k not in ("seed", "init")}, name])
-            row = rows.setdefault(key, {"name": name, "arch": c["arch"]})
+            name += "".join(text.format(c[k]) for k, usual, text in VARIANTS if c[k] != usual)
+            row = rows.setdefault(json.dumps([c, name]), {"name": name, "arch": c["arch"]})
             norms = {k: v for k, v in r["gradient_norm"].items() if k != "id"}
             cells = {"accuracy": r["accuracy"], "grad_in": r["gradient_norm"]["id"]}
             cells["grad_out"] = sum(norms.values()) / len(norms)
             for set_name, m in sets.items():
                 cells |= {f"{set_name} FPR95": m["fpr95"], f"{set_name} AUROC": m["auroc"]}
             for column, value in cells.items():
-                row.setdefault(column, []).append(value)
+                row.setdefault(column, {})[seed] = value
     return list(rows.values())
 
 
-def mean_std(values: Sequence[float], scale: float = 100) -> str:
+def mean_std(values: Iterable[float], scale: float = 100) -> str:
     """ "mean ± sample standard deviation", in percent; of a single seed just its value."""
     values = [scale * v for v in values]
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.2f}"
-    std = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return f"{mean:.2f} ± {std:.2f}"
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -3686,14 +3716,14 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         cells = [
             " / ".join(
-                mean_std(row[f"{k} {m}"]) if f"{k} {m}" in row else "not run"
+                mean_std(row[f"{k} {m}"].values()) if f"{k} {m}" in row else "not run"
                 for m in ("FPR95", "AUROC")
             )
             for k in sets
         ]
-        norms = [mean_std(row[k], scale=1) for k in ("grad_in", "grad_out")]
-        accuracy = row["accuracy"]
-        lines.append([row["arch"], row["name"], len(accuracy), mean_std(accuracy), *cells, *norms])
+        norms = [mean_std(row[k].values(), scale=1) for k in ("grad_in", "grad_out")]
+        accuracy = mean_std(row["accuracy"].values())
+        lines.append([row["arch"], row["name"], len(row["accuracy"]), accuracy, *cells, *norms])
     data = sorted(
         {f"ID {r['config']['id']}, auxiliary {r['config']['aux'] or 'none'}" for r in results}
     )
@@ -3704,11 +3734,15 @@ def results_table(results: Sequence[dict[str, Any]]) -> str:
     return markdown(header, lines) + "\n" + note + "\n"
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
+def load_run(
+    folder: Path, device: torch.device, finished: bool = False
+) -> tuple[Net, dict[str, Any]]:
     """A run's network in eval mode and its checkpoint. FileNotFoundError without one."""
     state = load_checkpoint(folder)
     if state is None:
         raise FileNotFoundError(f"no checkpoint in {folder}; train there first: greg.py train")
+    if finished and "gamma" not in state:
+        raise ValueError(f"{folder} is not finished, so it has no threshold; train it to its end")
     net = build(state["config"]["arch"], len(state["net"]["fc.bias"]))
     net.load_state_dict(state["net"])
     return net.to(device).eval(), state
@@ -3716,9 +3750,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Net, dict[str, Any]]:
 
 def predict(folder: Path, paths: Sequence[str], device: torch.device) -> list[dict[str, Any]]:
     """Class, score S, threshold γ and ID/OOD decision (ID iff S <= γ) of each image file."""
-    net, state = load_run(folder, device)
-    if "gamma" not in state:
-        raise ValueError(f"{folder} is not finished, so it has no threshold; train it to its end")
+    net, state = load_run(folder, device, finished=True)
     config, gamma, name, rows = state["config"], state["gamma"], state["score"], []
     K = len(state["classes"])
     for path in paths:
@@ -3775,11 +3807,6 @@ def figure_scores(folder: Path, path: Path) -> None:
     axes.set(xlabel="score S (low: ID)", ylabel="density")
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
-
-
-def find_results(root: Path) -> list[dict[str, Any]]:
-    """The results of every finished run below a folder, in the order of their paths."""
-    return [json.loads(path.read_text()) for path in sorted(root.rglob("results.json"))]
 
 
 # The paper's tables: row -> (method, test score, its figures in the order of COLUMNS).
@@ -3930,20 +3957,16 @@ def data_note(r: dict[str, Any]) -> str:
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
     methods = args.methods or list({method: None for method, *_ in PAPER[args.number].values()})
-
-    def tuned(method: str) -> bool:
-        return method != "ce" and (METHODS[method].recipe == "finetune" or args.number == 3)
-
-    if any(map(tuned, methods)):
-        methods = ["ce", *(m for m in methods if m != "ce")]
     columns, runs = table_columns(args.number, args.id, args.archs), {}
+    if any(fine_tunes(method, id) for method in methods for id, *_ in columns):
+        methods = ["ce", *(m for m in methods if m != "ce")]
     for id, arch in dict.fromkeys(c[:2] for c in columns):
         for seed in args.seeds:
-            given = config_arguments(args) | {"id": id, "arch": arch, "seed": seed}
-            start = run_folder(args.runs, Config(**given | {"method": "ce"}))
+            run = given(Config, args) | {"id": id, "arch": arch, "seed": seed}
+            start = run_folder(args.runs, Config(**run | {"method": "ce"}))
             for method in methods:
-                init = str(start) if tuned(method) else ""
-                config = Config(**given | {"method": method, "init": init})
+                init = str(start) if fine_tunes(method, id) else ""
+                config = Config(**run | {"method": method, "init": init})
                 runs[run_folder(args.runs, config)] = config
     return runs
 
@@ -3961,8 +3984,6 @@ def certify_report(
     sigma: float = 0.1,
     n: int = 500,
     alpha: float = 0.001,
-    seed: int = 0,
-    steps: int = 20,
     local: bool = True,
     clamp: tuple[float, float] | None = (0.0, 1.0),
     gamma: float | None = None,
@@ -3976,14 +3997,14 @@ def certify_report(
     share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in).
     """
     device = next(net.parameters()).device
-    draws = torch.Generator(device).manual_seed(seed)
+    draws = torch.Generator(device).manual_seed(0)
     lipschitz = lipschitz_global(net, x_in.shape[1:])
     s_in = _score(net, x_in)
     gamma = threshold(s_in) if gamma is None else gamma
 
     def attacked(x: Tensor, sign: float) -> dict[float, Tensor]:
         """The worst scores within each eps: what a smaller ball holds, a larger one holds too."""
-        options = {"steps": steps, "clamp": clamp, "generator": draws}
+        options = {"steps": 20, "clamp": clamp, "generator": draws}
         worst, found = sign * _score(net, x), {}
         for eps in sorted(epsilons):
             parts = [attack_scores(net, v, eps, sign, **options)[1] for v in x.split(512)]
@@ -4175,9 +4196,10 @@ def released_step(
     optimizer.step()
 
 
-def interleave(
-    jobs: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
+Job = Callable[[], object]
+
+
+def interleave(jobs: dict[str, Job], rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every job in every round, after a round to warm up.
 
     The jobs take turns, so that all of them feel whatever else the machine is doing.
@@ -4191,10 +4213,7 @@ def interleave(
                 torch.cuda.synchronize(device)
             if i:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(values) for name, values in seconds.items()}
-
-
-Job = Callable[[], object]
+    return seconds
 
 
 def bench_steps(
@@ -4293,10 +4312,10 @@ def command_bench(args: argparse.Namespace) -> None:
 
     def add(what: str, jobs: dict[str, Job], passes: dict[str, float] | None = None) -> None:
         seconds = interleave(jobs, args.rounds, device)
-        middle = {name: values[len(values) // 2] for name, values in seconds.items()}
+        middle = {name: statistics.median(values) for name, values in seconds.items()}
         first = next(iter(middle))
         for name, values in seconds.items():
-            spread = f"{1e3 * values[0]:.1f}-{1e3 * values[-1]:.1f}"
+            spread = f"{1e3 * min(values):.1f}-{1e3 * max(values):.1f}"
             ratio = f"{middle[name] / middle[first]:.2f}"
             count = f"{passes[name] / passes[first]:.2f}" if passes else ""
             rows.append([what, name, f"{1e3 * middle[name]:.1f}", spread, ratio, count])
@@ -4343,17 +4362,17 @@ def command_demo(args: argparse.Namespace) -> None:
 
 
 def command_train(args: argparse.Namespace) -> None:
-    config = Config(**config_arguments(args))
+    config = Config(**given(Config, args))
     folder = args.out or run_folder(args.runs, config)
-    results = train(config, folder, args.device, data_options(args))
+    results = train(config, folder, args.device, DataOptions(**given(DataOptions, args)))
     if world()[0] == 0:
         print(results_table([results]))
         print(f"{folder}: results.json, results.md, scores.npz, log.jsonl, checkpoint.pt")
 
 
-def config_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Config among the arguments."""
-    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config or DataOptions among the arguments."""
+    return {f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)}
 
 
 def run_folder(runs: Path, config: Config) -> Path:
@@ -4373,12 +4392,14 @@ def command_eval(args: argparse.Namespace) -> None:
         net, state = load_run(args.run, args.device)
         config, score = saved_config(state["config"]), state.get("score", "energy")
     else:
-        given = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
-        config, score = replace(resolve(Config("ce", **given)), init=args.weights), "energy"
-    names = args.scores.split(",") if args.scores else [score]
+        known = {k: getattr(args, k) for k in ("arch", "id", "stats") if getattr(args, k)}
+        config, score = replace(resolve(Config("ce", **known)), init=args.weights), "energy"
+    names = list(dict.fromkeys(args.scores.split(","))) if args.scores else [score]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
-    train_set, test_set, ood, left_out = data_options(args).load(config.id, config.size)
+    train_set, test_set, ood, left_out = DataOptions(**given(DataOptions, args)).load(
+        config.id, config.size
+    )
     train_set, K = _on(args.device, train_set, config.n_train), len(train_set.classes)
     if args.weights:
         net = build(config.arch, K, args.weights).to(args.device)
@@ -4406,15 +4427,17 @@ def command_predict(args: argparse.Namespace) -> None:
 
 def command_table(args: argparse.Namespace) -> None:
     if args.number is None:
-        results = find_results(args.runs)
+        results = [json.loads(p.read_text()) for p in sorted(args.runs.rglob("results.json"))]
         if not results:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         print(results_table(results))
         return
     runs = table_runs(args)
-    if not args.read:
-        for folder, config in runs.items():
-            train(config, folder, args.device, data_options(args))
+    for folder, config in runs.items():
+        if not args.read:
+            train(config, folder, args.device, DataOptions(**given(DataOptions, args)))
+        elif done := read_results(folder):
+            check_same(resolve(config), done["config"], folder)
     if world()[0]:
         return
     results = [r for r in map(read_results, runs) if r]
@@ -4422,16 +4445,16 @@ def command_table(args: argparse.Namespace) -> None:
     args.runs.mkdir(parents=True, exist_ok=True)
     path = args.runs / f"table_{args.number}.json"
     write_json(path, cells)
-    write_atomically(path.with_suffix(".md"), lambda p: p.write_text(text))
+    write_atomically(path.with_suffix(".md"), text)
     print(f"{text}\n{path}")
 
 
 def command_certify(args: argparse.Namespace) -> None:
-    net, state = load_run(args.run, args.device)
+    net, state = load_run(args.run, args.device, finished=True)
     config = saved_config(state["config"])
-    if state.get("score") != "energy":
+    if state["score"] != "energy":
         raise ValueError(f"{args.run} does not decide by S = -LSE(f), the score certified here")
-    _, test_set, ood, _ = data_options(args).load(config.id, config.size)
+    _, test_set, ood, _ = DataOptions(**given(DataOptions, args)).load(config.id, config.size)
 
     def pixels(images: Images) -> Tensor:
         return images.x[: args.images].to(args.device).permute(0, 3, 1, 2).float() / 255
@@ -4458,6 +4481,8 @@ def command_figure(args: argparse.Namespace) -> None:
     out = args.out or Path(f"figure_{args.which}.png")
     if args.which != "1" and not args.folders:
         raise ValueError(f"figure {args.which} is drawn from run folders: name them")
+    if args.which == "scores" and len(args.folders) > 1:
+        raise ValueError("figure scores is drawn from one run folder")
     if args.which == "1":
         rows = figure_1(out)
         names = list(rows[0.0])
@@ -4470,45 +4495,22 @@ def command_figure(args: argparse.Namespace) -> None:
     print(out)
 
 
-def add_data_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--root", default="data", help="folder of the data sets (default: data)")
-    p.add_argument("--download", action="store_true", help="fetch the sets that are absent")
-    p.add_argument(
-        "--skip-corrupt", action="store_true", help="name damaged image files and go on without"
-    )
-    p.add_argument(
-        "--ood", nargs="*", default=[], metavar="NAME[=PATH]",
-        help="OOD sets: names, or name=path for .npy, .npz or a folder (default: the paper's)",
-    )  # fmt: skip
-
-
-def add_training_arguments(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--workers", type=int, default=4, help="processes that decode (default: 4)")
-    p.add_argument(
-        "--decode", default="cpu", choices=["cpu", "cuda"], help="where to decode JPEG files of a"
-        " training stream; what the GPU cannot decode goes through Pillow (default: cpu)",
-    )  # fmt: skip
-    p.add_argument(
-        "--candidate-chunk", type=int, default=512,
-        help="candidates in one forward: fewer need less memory (default: 512)",
-    )  # fmt: skip
-
-
-def add_config_arguments(
-    p: argparse.ArgumentParser, without: Sequence[str] = (), **defaults: Any
+def add_options(
+    p: argparse.ArgumentParser, cls: type, without: Sequence[str] = (), **defaults: Any
 ) -> None:
-    """One option for each field of Config."""
-    types = {"int": int, "float": float, "str": str}
-    for f in fields(Config):
+    """One option for each field of Config or DataOptions."""
+    types = {"int": int, "float": float}
+    for f in fields(cls):
         if f.name in without:
             continue
-        flag, default = "--" + f.name.replace("_", "-"), defaults.get(f.name, f.default)
-        text = f.metadata["help"] + ("" if default in (None, "") else f" (default: {default})")
+        more, default = dict(f.metadata), defaults.get(f.name, f.default)
         kind = f.type.split(" ")[0]
         if kind == "bool":
-            p.add_argument(flag, action="store_true", help=text)
+            more["action"] = "store_true"
         else:
-            p.add_argument(flag, type=types[kind], default=default, help=text)
+            more |= {"type": types.get(kind, str), "default": default}
+            more["help"] += "" if default in (None, "", ()) else f" (default: {default})"
+        p.add_argument("--" + f.name.replace("_", "-"), **more)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -4516,67 +4518,84 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="greg.py", description=__doc__.split("\n\n")[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, runs: str = "",
+        out: str = "",
+    ) -> argparse.ArgumentParser:  # fmt: skip
         p = commands.add_parser(name, help=text, description=text)
         p.set_defaults(run_command=run)
         p.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: auto)")
+        if runs:
+            text = "folder of run folders (default: %(default)s)"
+            p.add_argument("--runs", type=Path, default=Path(runs), help=text)
+        if out:
+            p.add_argument("--out", type=Path, help=out)
         return p
 
-    p = add("demo", command_demo, "pre-train, fine-tune and tabulate on synthetic images")
-    p.add_argument("--runs", type=Path, default=Path("runs/demo"), help="folder of its runs")
-    p = add("train", command_train, "train a method, evaluate it, save everything in a run folder")
-    add_config_arguments(p)
-    add_data_arguments(p)
-    add_training_arguments(p)
-    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
-    p.add_argument("--out", type=Path, help="run folder (default: RUNS/ID/ARCH/METHOD/seedN)")
-    p = add("eval", command_eval, "evaluate a run, or a weights file, on OOD sets")
+    text = "pre-train, fine-tune and tabulate on synthetic images"
+    add("demo", command_demo, text, runs="runs/demo")
+    text = "train a method, evaluate it, save everything in a run folder"
+    out = "run folder (default: RUNS/ID/ARCH/METHOD/seedN)"
+    p = add("train", command_train, text, runs="runs", out=out)
+    add_options(p, Config)
+    add_options(p, DataOptions)
+    text = "evaluate a run, or a weights file, on OOD sets"
+    out = "folder for results.json, results.md, scores.npz"
+    p = add("eval", command_eval, text, out=out)
     p.add_argument("run", type=Path, nargs="?", help="run folder")
     p.add_argument("--weights", default="", help="a weights file, ours or a public one")
     p.add_argument("--arch", choices=ARCHS, help="its network (default: wrn40_2)")
     p.add_argument("--id", default="", help="its ID data (default: cifar10)")
     p.add_argument("--stats", default="", help="its normalisation: a key of STATS")
     p.add_argument("--scores", default="", help=f"comma-separated: {', '.join(SCORES)}")
-    p.add_argument("--out", type=Path, help="folder for results.json, results.md, scores.npz")
-    add_data_arguments(p)
+    add_options(p, DataOptions, without=TRAINING_ONLY)
     p = add("predict", command_predict, "class, score, threshold and ID/OOD decision of images")
     p.add_argument("run", type=Path, help="folder of a finished run")
     p.add_argument("images", nargs="+", help="image files")
-    p = add("table", command_table, "run what a table of the paper needs, and print it")
+    text = "run what a table of the paper needs, and print it"
+    p = add("table", command_table, text, runs="runs")
     p.add_argument("number", type=int, nargs="?", choices=PAPER, help="1 to 6; none: all runs")
     p.add_argument("--read", action="store_true", help="print what is finished, run nothing")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     p.add_argument("--archs", nargs="+", default=[], choices=ARCHS, help="other networks")
     p.add_argument("--methods", nargs="+", default=[], choices=METHODS, help="some of its methods")
-    p.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run folders")
-    add_config_arguments(p, without=("method", "arch", "seed", "init"), id="")
-    add_data_arguments(p)
-    add_training_arguments(p)
-    p = add("certify", command_certify, "attack and certify a run's decisions under perturbations")
+    add_options(p, Config, without=("method", "arch", "seed", "init"), id="")
+    add_options(p, DataOptions)
+    text = "attack and certify a run's decisions under perturbations"
+    p = add("certify", command_certify, text, out="folder of the report (default: the run's)")
+    add_certify_arguments(p)
+    add_options(p, DataOptions, without=TRAINING_ONLY)
+    text = "time steps and clustering against the released procedure"
+    add_bench_arguments(add("bench", command_bench, text))
+    p = add("figure", command_figure, "draw a figure", out="PNG file")
+    p.add_argument("which", choices=["1", "3", "scores"], help="Figure 1 or 3, or histograms")
+    p.add_argument("folders", type=Path, nargs="*", help="run folders (3), a run folder (scores)")
+    return top
+
+
+TRAINING_ONLY = "workers", "decode", "candidate_chunk"  # fields of DataOptions
+
+
+def add_certify_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("run", type=Path, help="folder of a finished run")
     p.add_argument("--images", type=int, default=200, help="images of each set (default: 200)")
     p.add_argument("--eps", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5], help="ℓ2 radii")
     p.add_argument("--sigma", type=float, default=0.1, help="noise of smoothing (default: 0.1)")
     p.add_argument("--draws", type=int, default=500, help="noise draws an image (default: 500)")
     p.add_argument("--local", action="store_true", help="local bounds too (networks of few layers)")
-    p.add_argument("--out", type=Path, help="folder of the report (default: the run's)")
-    add_data_arguments(p)
-    p = add("bench", command_bench, "time steps and clustering against the released procedure")
+
+
+def add_bench_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--archs", nargs="+", choices=ARCHS, default=["wrn40_2", "densenet100"])
     p.add_argument("--batch", type=int, default=32, help="ID images a step (default: 32)")
     p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
-    p.add_argument("--amp", action="store_true", help="the steps under bfloat16 autocast too")
+    p.add_argument("--amp", action="store_true", help="the steps with bfloat16 too")
     p.add_argument("--parts", action="store_true", help="augmentation and metrics too")
     sizes, text = [(384, 342, 64), (3000, 1024, 64)], "sizes of K-Means (default: %(default)s)"
     p.add_argument("--kmeans", nargs="*", type=_sizes, metavar="N,d,k", default=sizes, help=text)
     p.add_argument(
         "--methods", nargs="+", choices=METHODS, default=["energy", "greg", "greg+"], help="steps"
     )
-    p = add("figure", command_figure, "draw a figure")
-    p.add_argument("which", choices=["1", "3", "scores"], help="Figure 1 or 3, or histograms")
-    p.add_argument("folders", type=Path, nargs="*", help="run folders (3, scores)")
-    p.add_argument("--out", type=Path, help="PNG file")
-    return top
 
 
 def _sizes(text: str) -> tuple[int, int, int]:
@@ -4594,19 +4613,17 @@ def pick_device(name: str) -> torch.device:
         name = f"cuda:{local}" if name.startswith("cuda") else name
     try:
         device = torch.zeros(0, device=name).device
-        if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        return device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"no device {name!r} here: {str(e).splitlines()[0]}") from None
-
-
-def data_options(args: argparse.Namespace) -> DataOptions:
-    """The fields of DataOptions among the arguments."""
-    given = {f.name: getattr(args, f.name) for f in fields(DataOptions) if hasattr(args, f.name)}
-    return DataOptions(**given | {"ood": tuple(args.ood)})
+    if "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except RuntimeError as e:
+            reason = f"{str(e).splitlines()[0]}; another --master-port may be free"
+            raise ValueError(f"the processes of torchrun do not meet: {reason}") from None
+    return device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -4615,26 +4632,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args.device = pick_device(args.device)
         args.run_command(args)
+        return 0
     except (ValueError, OSError, FloatingPointError, ImportError) as e:
-        print(f"greg: error: {e}", file=sys.stderr)
-        return 2
+        reason = " ".join(str(e).split())
     except torch.cuda.OutOfMemoryError:
-        advice = "--amp, --candidate-chunk or --batch"
-        print(f"greg: error: the GPU's memory is too small: {advice}", file=sys.stderr)
-        return 2
+        reason = "the GPU's memory is too small: --amp, --candidate-chunk or --batch"
     except RuntimeError as e:
         words = ("gloo", "Gloo", "NCCL", "onnection closed", "onnection reset", "Broken pipe")
         lost = "a decoding worker" if "DataLoader worker" in str(e) else "a process"
         if lost == "a process" and not (world()[1] > 1 and any(word in str(e) for word in words)):
             raise
-        reason = str(e).splitlines()[0][:200]
-        advice = "the same command goes on from the last checkpoint"
-        print(f"greg: error: {lost} was lost ({reason}); {advice}", file=sys.stderr)
-        return 2
+        reason = f"{lost} was lost ({str(e).splitlines()[0][:200]})"
+        reason += "; the same command goes on from the last checkpoint"
     finally:
         if world()[1] > 1:
             torch.distributed.destroy_process_group()
-    return 0
+    print(f"greg: error: {reason}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -2270,12 +2271,10 @@ def test_normalise_agrees_with_numpy_in_float64(seed):
 
 
 @given(st.integers(0, 2**32))
-def test_a_batch_is_the_rows_it_was_asked_for_augmented_only_with_a_generator(seed):
+def test_a_batch_is_the_normalised_rows_it_was_asked_for(seed):
     x, index = pixels(seed, 9, 8, 8, 3), torch.tensor([7, 2, 2])
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     assert torch.equal(greg.batch(x, index, mean, std), greg.normalise(x[index], mean, std))
-    augmented = greg.normalise(greg.augment(x[index], generator(seed)), mean, std)
-    assert torch.equal(greg.batch(x, index, mean, std, generator=generator(seed)), augmented)
 
 
 # --------------------------------------------------------------------------------------- synthetic
@@ -2402,7 +2401,7 @@ def test_an_npz_gives_its_x_or_its_first_array_and_sizes_must_fit(tmp_path):
     np.savez(tmp_path / "one.npz", a=a)
     assert torch.equal(greg.load_aux(str(tmp_path / "two.npz")).x, b)
     assert torch.equal(greg.load_aux(str(tmp_path / "one.npz")).x, a)
-    with pytest.raises(ValueError, match="need 16×16"):
+    with pytest.raises(ValueError, match="one.npz has images .*16×16"):
         greg.load_aux(str(tmp_path / "one.npz"), size=16)
     np.savez(tmp_path / "none.npz")
     with pytest.raises(ValueError, match="none.npz holds no"):
@@ -2552,7 +2551,18 @@ def test_a_failed_download_says_so_and_leaves_no_file_that_looks_whole(tmp_path,
     (tmp_path / "isun.tar.gz").unlink()
     with pytest.raises(FileNotFoundError, match="could not be fetched"):
         greg.load_ood(["isun"], tmp_path, download=True)
-    assert not (tmp_path / "isun.tar.gz").exists()
+    assert not [p for p in tmp_path.iterdir() if p.name != ".lock"]
+
+
+def test_a_set_that_is_there_needs_no_right_to_write(tmp_path, monkeypatch):
+    content = pixels(0, 3, 32, 32, 3).numpy()
+    np.save(tmp_path / "random300k.npy", content)
+    md5 = hashlib.md5((tmp_path / "random300k.npy").read_bytes()).hexdigest()
+    source = greg.Source("https://nowhere/random300k.npy", md5)
+    monkeypatch.setitem(greg.SOURCES, "random300k", source)
+    before = sorted(tmp_path.iterdir())
+    np.testing.assert_array_equal(greg.load_aux("random300k", tmp_path).x, content)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_wrong_checksum_is_refused_before_anything_is_unpacked(tmp_path, monkeypatch):
@@ -2838,7 +2848,7 @@ def test_a_corrupt_file_is_named_and_replaced_by_one_of_its_class_only_if_asked(
         assert kept.x.corrupt == {str(path)}
         names = [path, path.with_name("absent.JPEG")]
         decoded = greg._decode([path, path.with_name("0.JPEG")], 32, skip=True)
-        assert decoded.y.tolist() == [1] and "left out 1 corrupt files" in capsys.readouterr().err
+        assert decoded[1].tolist() == [1] and "left out 1 corrupt files" in capsys.readouterr().err
         with pytest.raises(FileNotFoundError):  # a file that is gone is no damaged one
             greg._decode(names[1:], 32, skip=True)
         monkeypatch.setattr(Image, "open", lambda path: open("/proc/self/mem").read())
@@ -2922,7 +2932,7 @@ def test_a_step_of_greg_is_greg_loss(pretrained, tmp_path, monkeypatch):
     t.shuffle()
     seen = []
     loss = greg.greg_loss
-    monkeypatch.setattr(greg, "greg_loss", lambda *a: seen.append(a) or loss(*a))
+    monkeypatch.setattr(greg, "greg_loss", lambda *a, **k: seen.append(a) or loss(*a, **k))
     before = {k: v.clone() for k, v in t.net.state_dict().items()}
     terms = t.train_step()
     net, x_in, y_in, x_aux = seen[0][:4]
@@ -2941,8 +2951,8 @@ def test_the_lazy_penalty_comes_every_nth_step_with_n_fold_weight(
     t.shuffle()
     weights, loss = [], greg.greg_loss
 
-    def spy(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more):
-        out = loss(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more)
+    def spy(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more, **options):
+        out = loss(net, x_in, y_in, x_aux, m_in, m_aux, lambda_s, lambda_grad, *more, **options)
         weights.append((lambda_grad, out.gradient.item()))
         return out
 
@@ -3103,16 +3113,17 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_said(pretrained, tmp_pa
         trainer(config, tmp_path).run()
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "value.json"
     greg.write_json(path, {"a": 1})
 
-    def fails(temporary):
-        temporary.write_text("half")
+    def fails(number):
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError):
-        greg.write_atomically(path, fails, keep="value.prev.json")
+    with monkeypatch.context() as m, pytest.raises(OSError, match="make room"):
+        m.setattr(os, "fsync", fails)
+        greg.write_atomically(path, "half", keep="value.prev.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
     assert json.loads(path.read_text()) == {"a": 1}
     with pytest.raises(ValueError):
         greg.write_json(path, {"a": math.nan})
@@ -3347,6 +3358,9 @@ def test_an_accuracy_that_collapses_is_warned_about_with_margins(pretrained, tmp
     row = {"epoch": 1, "probe_accuracy": 0.79}
     greg.warn_of_collapse(tmp_path, row, t.config)
     assert "--m-in -4.5 --m-aux -2.2" in capsys.readouterr().err
+    greg.warn_of_collapse(tmp_path, row, greg.replace(t.config, method="oe"))
+    err = capsys.readouterr().err
+    assert "fell from" in err and "margins" not in err  # OE has none
     greg.warn_of_collapse(tmp_path, row | {"probe_accuracy": 0.81}, t.config)
     assert not capsys.readouterr().err
 
@@ -3360,6 +3374,8 @@ def test_an_accuracy_that_collapses_is_warned_about_with_margins(pretrained, tmp
         ({"m_in": -5.0}, "m_in < m_aux"),
         ({"batch": 0}, "positive"),
         ({"schedule": "0.5;1"}, "schedule"),
+        ({"schedule": "1/0"}, "schedule"),
+        ({"schedule": "50,75"}, "schedule"),
         ({"stats": "mnist"}, "stats"),
         ({"reduction": "mean"}, "reduction"),
         ({"method": "greg+", "candidates": 1}, "candidates"),
@@ -3501,12 +3517,25 @@ def test_eval_reads_a_public_weights_file(files, pretrained, tmp_path, capsys):
     assert greg.main(["eval", str(pretrained), "--ood", *sets(files)]) == 0
 
 
+def test_a_score_that_is_asked_for_twice_is_taken_once(files, pretrained, tmp_path):
+    line = ["eval", str(pretrained), "--ood", sets(files)[0], "--out", str(tmp_path)]
+    assert greg.main([*line, "--scores", "energy,msp,energy"]) == 0
+    found = greg.read_results(tmp_path)["metrics"]
+    theirs = greg.read_results(pretrained)["metrics"]["energy"]
+    assert list(found) == ["energy", "msp"]
+    name = sets(files)[0].split("=")[0]
+    assert found["energy"][name] == theirs[name]
+
+
 def test_eval_refuses_what_a_network_or_a_run_does_not_have(files, pretrained, capsys):
     for words, message in (
         (["--scores", "absent", "--ood", *sets(files)], "no class K"),
         (["--scores", "absurd"], "unknown score"),
         (["--arch", "resnet18"], "a run knows its own"),
         (["--ood", "available"], "no OOD set"),
+        (["--ood", f"id={files}/aux.npy"], "cannot be named 'id'"),
+        (["--ood", f"mean={files}/aux.npy"], "cannot be named 'mean'"),
+        (["--ood", f"a/b={files}/aux.npy"], "cannot be named 'a/b'"),
     ):
         assert greg.main(["eval", str(pretrained), "--root", "nowhere", *words]) == 2
         assert message in capsys.readouterr().err
@@ -3518,6 +3547,33 @@ def test_a_finished_run_does_not_pass_for_an_evaluation_on_other_sets(files, pre
     assert done == greg.read_results(pretrained)
     with pytest.raises(ValueError, match="other OOD sets"):
         greg.train(config, pretrained, CPU, greg.DataOptions(ood=("svhn",)))
+
+
+def test_a_run_that_was_evaluated_twice_is_one_seed(pretrained):
+    r = greg.read_results(pretrained)
+    old = r | {"config": {k: v for k, v in r["config"].items() if k != "grad_every"}}
+    assert greg.results_table([r, old]) == greg.results_table([r])  # an older greg.py wrote it
+
+
+def test_on_imagenet_every_method_of_a_table_has_its_start():
+    words = "table 1 --id imagenet --archs densenet121 --methods openmix greg --seeds 0"
+    configs = list(greg.table_runs(greg.parser().parse_args(words.split())).values())
+    assert [c.method for c in configs] == ["ce", "openmix", "greg"]
+    assert [greg.resolve(c).init != "" for c in configs] == [True] * 3
+
+
+def test_reading_a_table_refuses_runs_of_another_configuration(files, pretrained, tmp_path, capsys):
+    folder = tmp_path / "id/wrn10_1/ce/seed0"
+    folder.mkdir(parents=True)
+    c = greg.read_results(pretrained)["config"]
+    shutil.copy(pretrained / "results.json", folder)
+    line = f"table 1 --read --runs {tmp_path} --archs wrn10_1 --methods ce --seeds 0 --id {c['id']}"
+    line += f" --batch {c['batch']} --lr {c['lr']} --n-train {c['n_train']} --wd {c['wd']}"
+    line += f" --schedule {c['schedule']} --epochs "
+    assert greg.main([*line.split(), str(c["epochs"])]) == 0
+    assert "not run (52.56)" not in capsys.readouterr().out
+    assert greg.main([*line.split(), "77"]) == 2
+    assert "-> 77" in capsys.readouterr().err
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_different_rows(pretrained):
@@ -3539,7 +3595,7 @@ def test_images_in_order_of_class_are_mixed_and_others_left_alone():
 
 
 def test_images_of_another_size_than_the_id_images_are_refused(files):
-    with pytest.raises(ValueError, match="auxiliary set has images .*8×8"):
+    with pytest.raises(ValueError, match="auxiliary set synthetic has images .*8×8"):
         greg.load_aux("synthetic", size=8)
     with pytest.raises(ValueError, match="the OOD set strokes"):
         greg.load_ood(["strokes"], size=8)
@@ -3580,6 +3636,7 @@ def test_figures_are_written(pretrained, tmp_path, capsys):
         ("predict nowhere a.png", "nowhere"),
         ("table --runs nowhere", "nowhere"),
         ("figure scores nowhere", "nowhere"),
+        ("figure scores a b", "one run folder"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(line, message, tmp_path, capsys, monkeypatch):
