@@ -823,8 +823,15 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: torch.Generator | None = 
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
 # in the units of its input. Everything is computed in float64, norms are rounded up and radii down
-# by 1e-9; float32, TF32 or half precision at test time add an error that is not covered.
+# by 1e-9. That covers rounding where sums do not cancel to nine digits; float32, TF32 or half
+# precision at test time add an error that is not covered.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
+
+
+def _check_finite(**tensors: Tensor | float) -> None:
+    for name, v in tensors.items():
+        if not torch.as_tensor(v).isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
 def certified_radius(
@@ -833,8 +840,9 @@ def certified_radius(
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound if S is lipschitz-Lipschitz on B(x, ε): |S(x') - S(x)| <= L_S ‖x' - x‖ < |γ - S(x)| keeps
-    the decision for ‖x' - x‖ < ε*. The paper's L_S = ‖∇S(x)‖ is in general no such constant for OOD
-    samples: where f is affine S is concave and falls faster away from x (see `ood_radius`).
+    the decision for ‖x' - x‖ < ε* (at ε* itself an OOD sample's S may be γ, which is ID). The
+    paper's L_S = ‖∇S(x)‖ is in general no such constant for OOD samples: where f is affine S is
+    concave and falls faster away from x (see `ood_radius`).
     Raises ValueError for NaN, or a negative lipschitz or eps.
     """
     s = torch.as_tensor(s, dtype=torch.float64).detach()
@@ -855,38 +863,38 @@ def certified_radius(
 _DIAGONAL = nn.BatchNorm1d, nn.BatchNorm2d, Normalize
 _AFFINE = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
 _SKIPPED = nn.Identity, nn.Dropout, nn.Dropout2d
-
-
-def _supported(m: nn.Module) -> bool:
-    """Whether the layer's options are those that the rules below were derived for."""
-    if type(m) is nn.Conv2d:
-        return m.padding_mode == "zeros" and not isinstance(m.padding, str)
-    if type(m) in (nn.BatchNorm1d, nn.BatchNorm2d):
-        return m.running_var is not None
-    if type(m) is nn.AvgPool2d:
-        return m.count_include_pad and not m.ceil_mode and m.divisor_override is None
-    if type(m) is nn.AdaptiveAvgPool2d:
-        return m.output_size in (1, (1, 1))
-    if type(m) is nn.Flatten:
-        return (m.start_dim, m.end_dim) == (1, -1)
-    if type(m) is nn.LeakyReLU:
-        return 0 <= m.negative_slope <= 1
-    if type(m) is nn.MaxPool2d:
-        return m.dilation in (1, (1, 1)) and not m.ceil_mode and not m.return_indices
-    return type(m) in (*_AFFINE, *_SKIPPED, nn.ReLU, Net, nn.Sequential, Residual, Concat)
+# The options for which the rules below were derived. (In place, ReLU would overwrite an input that
+# a shortcut or the caller still holds.)
+_RULES: dict[type, Callable[[Any], bool]] = {
+    nn.Conv2d: lambda m: m.padding_mode == "zeros" and not isinstance(m.padding, str),
+    nn.BatchNorm1d: lambda m: m.running_var is not None,
+    nn.BatchNorm2d: lambda m: m.running_var is not None,
+    nn.AvgPool2d: lambda m: m.count_include_pad and not m.ceil_mode and m.divisor_override is None,
+    nn.AdaptiveAvgPool2d: lambda m: m.output_size in (1, (1, 1)),
+    nn.MaxPool2d: lambda m: m.dilation in (1, (1, 1)) and not m.ceil_mode and not m.return_indices,
+    nn.Flatten: lambda m: (m.start_dim, m.end_dim) == (1, -1),
+    nn.ReLU: lambda m: not m.inplace,
+    nn.LeakyReLU: lambda m: 0 <= m.negative_slope <= 1 and not m.inplace,
+    **dict.fromkeys(
+        (nn.Linear, Normalize, *_SKIPPED, Net, nn.Sequential, Residual, Concat), lambda m: True
+    ),
+}
 
 
 def _steps(net: nn.Module) -> list[nn.Module]:
     """The layers in order, `Net` and `Sequential` unrolled, without what does nothing in eval mode.
 
-    Types are compared exactly: a subclass may compute anything.
+    Types are compared exactly: a subclass may compute anything. A module that occurs twice is two
+    steps, which `children()` would make one.
     """
     altered = net._forward_hooks or net._forward_pre_hooks or "forward" in vars(net)
-    if altered or not _supported(net):
+    if altered or not _RULES.get(type(net), lambda m: False)(net):
         raise NotImplementedError(f"no certificate for {net}: its rule is not known here")
-    children = [_steps(child) for child in net.children()]
+    for child in net.children():
+        _steps(child)  # refused now if it is not known, at any depth
     if type(net) in (Net, nn.Sequential):
-        return [m for steps in children for m in steps]
+        parts = [net.features, net.fc] if type(net) is Net else net
+        return [m for part in parts for m in _steps(part)]
     return [] if type(net) in _SKIPPED else [net]
 
 
@@ -1034,7 +1042,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 
     Layer by layer (see `_propagate`); at the end ∇S = -Wᵀp · ∇h is a convex combination of rows of
     the last layer W, so ‖∇S‖ <= max_i ‖W_i‖ · L_h. Useful for a few layers, vacuous for deep
-    networks: that of the paper's exceed ‖∇S‖ by ten powers of ten or more.
+    networks: on those of the paper it exceeds ‖∇S‖ by ten powers of ten or more.
     Raises ValueError in training mode, NotImplementedError for a layer that it does not know.
     """
     steps = _exact(net)
@@ -1068,6 +1076,7 @@ def linear_region(net: nn.Module, x: Tensor, chunk: int = 256) -> Region:
     """
     steps = _exact(net)
     x = x.detach().double()
+    _check_finite(x=x)
     x = x if x.dim() in (2, 4) else x[None]
     if len(x) != 1:
         raise ValueError(f"the linear region is that of one input, got {len(x)}")
@@ -1106,7 +1115,8 @@ def _tangent(
             b, h = _tangent(_steps(m.body), a, g, kinks)
             a, g = torch.cat([a, b], 1), torch.cat([g, h], 1)
         elif type(m) is Residual:
-            (b, h), (a, g) = (_tangent(_steps(k), a, g, kinks) for k in (m.body, m.shortcut))
+            b, h = _tangent(_steps(m.body), a, g, kinks)
+            a, g = _tangent(_steps(m.shortcut), a, g, kinks)
             a, g = a + b, g + h
         else:
             kinks.append((a.flatten(), g.square().sum(0).flatten()))
@@ -1115,14 +1125,17 @@ def _tangent(
     return a, g
 
 
+@torch.enable_grad()
 def id_radius(z: Tensor, A: Tensor, gamma: float, steps: int = 0) -> float:
     """A radius within which -LSE(z + A u) <= γ; 0 if u = 0 is not ID. Cap it by ε̂. Sound.
 
-    For every q in the simplex, by Fenchel's inequality, LSE(v) >= q·v + H(q); so -LSE(z + A u) <= γ
-    while ‖u‖ <= (γ + q·z + H(q)) / ‖Aᵀq‖. At q = softmax(z) this is |γ - S| / ‖∇S‖, the paper's
-    Eq. (4). With steps > 0 it is raised over q by gradient ascent; its maximum is exact.
+    With steps = 0 the paper's Eq. (4) with L_S = ‖∇S‖: (γ - S) / ‖∇S‖. That is the case q =
+    softmax(z) of a bound for every q in the simplex: by Fenchel's inequality LSE(v) >= q·v + H(q),
+    so that -LSE(z + A u) <= γ while ‖u‖ <= (γ + q·z + H(q)) / ‖Aᵀq‖. With steps > 0 it is raised
+    over q by gradient ascent; its maximum is exact. Raises ValueError for NaN or infinity.
     """
     z, A = z.detach().double(), A.detach().double()
+    _check_finite(z=z, A=A, gamma=gamma)
     theta, radius = z.clone().requires_grad_(), 0.0
     if gamma + torch.logsumexp(z, 0) <= 0:
         return radius
@@ -1152,6 +1165,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     LSE(z + v) - LSE(z) = log E_p e^v <= p·v + (max v - min v)² / 8 with p = softmax(z).
     """
     z, A = z.detach().double(), A.detach().double()
+    _check_finite(z=z, A=A, gamma=gamma)
     m, a = (-torch.logsumexp(z, 0) - gamma).item(), A.norm(dim=1)
     if m <= 0:
         return 0.0
@@ -1206,10 +1220,11 @@ def _box(steps: list[nn.Module], c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
             c, r = _Gate.apply(c, r, (bottom + top) / 2, (top - bottom) / 2, wins, may_win)
             c, r = c.view(shape), r.view(shape)
         elif type(m) is Concat:
-            (b, h) = _box(_steps(m.body), c, r)
+            b, h = _box(_steps(m.body), c, r)
             c, r = torch.cat([c, b], 1), torch.cat([r, h], 1)
         elif type(m) is Residual:
-            (b, h), (c, r) = (_box(_steps(k), c, r) for k in (m.body, m.shortcut))
+            b, h = _box(_steps(m.body), c, r)
+            c, r = _box(_steps(m.shortcut), c, r)
             c, r = c + b, r + h
         else:
             slope = c.new_full((), getattr(m, "negative_slope", 0.0))
@@ -1219,6 +1234,7 @@ def _box(steps: list[nn.Module], c: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     return c, r
 
 
+@torch.enable_grad()
 def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
 
@@ -1229,6 +1245,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """
     steps = _exact(net)
     x = x.detach().double().requires_grad_()
+    _check_finite(x=x)
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
@@ -1265,6 +1282,8 @@ def score_bounds(
     FPR95 and AUROC of (s_in, lower bounds of s_out) are then guaranteed: no perturbation of the
     OOD inputs by eps makes the detector worse. lipschitz: what `lipschitz_global` returned.
     """
+    if not lipschitz >= 0:
+        raise ValueError(f"a Lipschitz constant is not negative, got {lipschitz}")
     s = _exact_scores(net, x)
     change = eps * lipschitz_local(net, x, eps).clamp(max=lipschitz) * _UP
     return s - change, s + change
@@ -1272,6 +1291,7 @@ def score_bounds(
 
 @torch.no_grad()
 def _exact_scores(net: nn.Module, x: Tensor) -> Tensor:
+    _check_finite(x=x)
     return energy_score(nn.Sequential(*_exact(net))(x.double()))
 
 
@@ -1338,7 +1358,7 @@ def _local_radius(net: nn.Module, x: Tensor, gamma: float, points: int = 32) -> 
 
 
 def _binomial_lower(k: Tensor, n: int, alpha: float) -> Tensor:
-    """Clopper-Pearson: the largest p (to 2⁻⁶⁰, from below) with P(Bin(n, p) >= k) <= alpha."""
+    """Clopper-Pearson: the largest p (to 1e-9, from below) with P(Bin(n, p) >= k) <= alpha."""
     j = torch.arange(n + 1, dtype=torch.float64, device=k.device)
     log_choose = math.lgamma(n + 1) - torch.lgamma(j + 1) - torch.lgamma(n - j + 1)
     values, index = k.unique(return_inverse=True)
@@ -1349,7 +1369,7 @@ def _binomial_lower(k: Tensor, n: int, alpha: float) -> Tensor:
         tail = torch.logsumexp(log_choose + j * p.log() + (n - j) * (-p).log1p(), 1)
         ok = tail <= math.log(alpha)
         low, high = torch.where(ok, p[:, 0], low), torch.where(ok, high, p[:, 0])
-    return torch.where(values == 0, 0.0, low)[index]
+    return torch.where(values == 0, 0.0, low * _DOWN)[index]
 
 
 @torch.no_grad()
@@ -1373,14 +1393,16 @@ def noisy_scores(
 def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001) -> Tensor:
     """Signed radius [N] of the smoothed detector from its `noisy_scores` s [N,n]; -R: ID within R.
 
+    Low means ID here too, so that radii can be ranked and thresholded as scores are.
+
     The smoothed detector says ID iff P(S(x + σZ) <= γ) > 1/2. If p̲ > 1/2 bounds that probability
     from below, it says ID within R = σ Φ⁻¹(p̲) (Cohen et al. 2019, by the Neyman-Pearson lemma);
     for OOD in the same way: +R. With p̲ of Clopper-Pearson at alpha / 2 for either side, a radius is
     too large with probability at most alpha for each input. 0: undecided. γ must not come from s.
     """
     n = s.shape[1]
-    if not 0 < alpha < 1 or n == 0 or s.isnan().any():
-        raise ValueError("need 0 < alpha < 1 and scores [N,n] with n > 0 and no NaN")
+    if not 0 < alpha < 1 or not sigma > 0 or n == 0 or s.isnan().any() or math.isnan(gamma):
+        raise ValueError("need 0 < alpha < 1, sigma > 0, n > 0, and no NaN in scores or gamma")
     k = (s <= gamma).sum(1)
     low, high = (_binomial_lower(v, n, alpha / 2).clamp(min=0.5) for v in (k, n - k))
     return sigma * (torch.special.ndtri(high) - torch.special.ndtri(low))
@@ -1418,6 +1440,7 @@ def _direction(g: Tensor, norm: str) -> Tensor:
     return g.sign() if norm == "linf" else F.normalize(g.flatten(1), dim=1, eps=1e-30).view_as(g)
 
 
+@torch.enable_grad()
 def attack_scores(
     net: nn.Module,
     x: Tensor,
@@ -1435,10 +1458,12 @@ def attack_scores(
     the first start is x, others are random; steps shrink linearly from eps / 2, in every other
     restart from 2 eps, since a long step on a rough S leads nowhere. An x' counts if
     ‖x' - x‖ as computed from the rounded x' is at most eps; clamp=(0, 1) keeps images images.
-    Raises ValueError unless norm is "l2" or "linf".
+    Raises ValueError unless norm is "l2" or "linf", and in training mode, where S is no function.
     """
     if norm not in ("l2", "linf") or steps < 1 or restarts < 1:
         raise ValueError(f'need norm "l2" or "linf", steps and restarts >= 1; got {norm!r}')
+    if any(m.training for m in net.modules()):
+        raise ValueError("attacks are on the network in eval mode; call net.eval() first")
     x = x.detach()
     ones = [1] * (x.dim() - 1)
     exact_eps = torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
@@ -1544,7 +1569,8 @@ def odin(
         (g,) = torch.autograd.grad(F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
     step = eps / torch.tensor(std, dtype=x.dtype, device=x.device).view(1, -1, *[1] * (x.dim() - 2))
     with torch.no_grad():
-        return msp(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)) / T)
+        f = net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype))
+        return msp(f.double() / T)  # at T = 1000, float32 would make ties
 
 
 def percentile(v: Tensor, p: float) -> Tensor:
@@ -1625,7 +1651,8 @@ class PostHoc(NamedTuple):
 
 # By ID data, or by ID data and network. The paper says nothing of these. No source has LINe on
 # ResNet-18 or WRN: they take DenseNet's values. On ImageNet DICE and LINe publish ResNet-50 alone,
-# with all 1,000 classes: DenseNet-121 with ten takes these. ReAct has no CIFAR network but
+# with all 1,000 classes: DenseNet-121 with ten takes these (with ReAct, DICE's authors keep nine
+# tenths of the weights there; here DICE + ReAct has DICE's mask). ReAct has no CIFAR network but
 # ResNet-18; on DenseNet-BC, most of whose features are near zero, its percentile clips nearly all
 # that is left (at 0.4, FPR95 on SVHN over 90 %): there the clip is LINe's, for the same checkpoint.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
@@ -4017,9 +4044,9 @@ def certify_report(
         return torch.cat([noisy_scores(score, v, sigma, n, draws) for v in x.split(64)])
 
     def lower(x: Tensor, eps: float) -> Tensor:
-        if not local:
-            return _score(net, x).double() - eps * lipschitz
-        return torch.cat([score_bounds(net, v, eps, lipschitz)[0] for v in x.split(64)])
+        if local:
+            return torch.cat([score_bounds(net, v, eps, lipschitz)[0] for v in x.split(64)])
+        return torch.cat([_exact_scores(net, v) for v in x.split(64)]) - eps * lipschitz
 
     def metrics(s: Tensor, s_ref: Tensor) -> dict[str, float]:
         return {"fpr95": fpr_at_tpr(s_ref, s), "auroc": auroc(s_ref, s)}
