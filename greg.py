@@ -4003,6 +4003,31 @@ def _score(net: nn.Module, x: Tensor, chunk: int = 512) -> Tensor:
         return torch.cat([energy_score(net(v)) for v in x.split(chunk)])
 
 
+def worst_scores(
+    net: nn.Module,
+    x: Tensor,
+    sign: float,
+    epsilons: Sequence[float],
+    clamp: tuple[float, float] | None,
+    generator: torch.Generator,
+) -> dict[float, Tensor]:
+    """The worst S found by attacks within each eps: a larger ball holds what a smaller one does."""
+    options = {"steps": 20, "clamp": clamp, "generator": generator}
+    worst, found = sign * _score(net, x), {}
+    for eps in sorted(epsilons):
+        parts = [attack_scores(net, v, eps, sign, **options)[1] for v in x.split(512)]
+        worst = torch.maximum(worst, sign * torch.cat(parts))
+        found[eps] = sign * worst
+    return found
+
+
+def lowest_scores(net: nn.Module, x: Tensor, eps: float, lipschitz: float, local: bool) -> Tensor:
+    """Lower bounds of S on B(x_i, eps) from the global constant and, if `local`, the local one."""
+    if local:
+        return torch.cat([score_bounds(net, v, eps, lipschitz)[0] for v in x.split(64)])
+    return torch.cat([_exact_scores(net, v) for v in x.split(64)]) - eps * lipschitz
+
+
 def certify_report(
     net: nn.Module,
     x_in: Tensor,
@@ -4023,30 +4048,14 @@ def certify_report(
     under other noise; at ε > 0 it is certified, for each input with probability 1 - alpha. Also the
     share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in).
     """
-    device = next(net.parameters()).device
-    draws = torch.Generator(device).manual_seed(0)
+    draws = torch.Generator(x_in.device).manual_seed(0)
     lipschitz = lipschitz_global(net, x_in.shape[1:])
     s_in = _score(net, x_in)
     gamma = threshold(s_in) if gamma is None else gamma
 
-    def attacked(x: Tensor, sign: float) -> dict[float, Tensor]:
-        """The worst scores within each eps: what a smaller ball holds, a larger one holds too."""
-        options = {"steps": 20, "clamp": clamp, "generator": draws}
-        worst, found = sign * _score(net, x), {}
-        for eps in sorted(epsilons):
-            parts = [attack_scores(net, v, eps, sign, **options)[1] for v in x.split(512)]
-            worst = torch.maximum(worst, sign * torch.cat(parts))
-            found[eps] = sign * worst
-        return found
-
     def noisy(x: Tensor) -> Tensor:
         score = lambda v: energy_score(net(v))  # noqa: E731
         return torch.cat([noisy_scores(score, v, sigma, n, draws) for v in x.split(64)])
-
-    def lower(x: Tensor, eps: float) -> Tensor:
-        if local:
-            return torch.cat([score_bounds(net, v, eps, lipschitz)[0] for v in x.split(64)])
-        return torch.cat([_exact_scores(net, v) for v in x.split(64)]) - eps * lipschitz
 
     def metrics(s: Tensor, s_ref: Tensor) -> dict[str, float]:
         return {"fpr95": fpr_at_tpr(s_ref, s), "auroc": auroc(s_ref, s)}
@@ -4056,20 +4065,19 @@ def certify_report(
     radius_in = smoothed_radius(noisy(x_in), smooth_gamma, sigma, alpha)
     report: dict[str, Any] = {"gamma": gamma, "smoothed_gamma": smooth_gamma, "sets": {}}
     report |= {"lipschitz_global": lipschitz, "sigma": sigma, "n": n, "alpha": alpha}
-    report["id_rejected"] = {
-        eps: (s > gamma).double().mean().item() for eps, s in attacked(x_in, 1.0).items()
-    }
+    worst = worst_scores(net, x_in, 1.0, epsilons, clamp, draws)
+    report["id_rejected"] = {eps: (s > gamma).double().mean().item() for eps, s in worst.items()}
     report["mean_radius_id"] = (-radius_in).clamp(min=0).mean().item()
     for name, x in x_out.items():
         noise = noisy(x)
         radius = smoothed_radius(noise, smooth_gamma, sigma, alpha)
-        rows = {0.0: {"attacked": metrics(_score(net, x), s_in)}}
-        rows[0.0]["certified"] = rows[0.0]["attacked"]
-        rows[0.0]["smoothed"] = metrics(noise.median(1).values, smooth_in)
-        for eps, s_worst in attacked(x, -1.0).items():
+        clean = metrics(_score(net, x), s_in)
+        smoothed = metrics(noise.median(1).values, smooth_in)
+        rows = {0.0: {"attacked": clean, "certified": clean, "smoothed": smoothed}}
+        for eps, s_worst in worst_scores(net, x, -1.0, epsilons, clamp, draws).items():
             rows[eps] = {
                 "attacked": metrics(s_worst, s_in),
-                "certified": metrics(lower(x, eps), s_in.double()),
+                "certified": metrics(lowest_scores(net, x, eps, lipschitz, local), s_in.double()),
                 "smoothed": {"fpr95": (radius <= eps).double().mean().item()},
             }
         report["sets"][name] = {"rows": rows, "mean_radius": radius.clamp(min=0).mean().item()}
