@@ -800,6 +800,28 @@ def test_an_empty_cluster_moves_to_the_farthest_point():
     assert moved[1:] == [10.0, 0.0] and moved[0] == pytest.approx(11 / 3)
 
 
+def test_kmeans_of_many_points_is_that_of_all_of_them():
+    """More than fit in a block of distances, against loops in float64."""
+    x, c = normal(0, 5000, 3, dtype=torch.float32), normal(1, 3, 100, 3, dtype=torch.float32)
+    labels, distance = greg._nearest(x, c)
+    means = greg._means(x, c, labels, distance)
+    for r in range(3):
+        d = torch.cdist(x.double(), c[r].double()).square()
+        assert (d.gather(1, labels[r][:, None])[:, 0] - d.min(1).values).max() <= 1e-5
+        torch.testing.assert_close(distance[r].double(), d.min(1).values, rtol=1e-4, atol=1e-5)
+        for j in labels[r].unique():
+            torch.testing.assert_close(means[r, j], x[labels[r] == j].mean(0))
+
+
+@given(seeds)
+def test_kmeans_finds_small_clusters_far_out_among_many_points(seed):
+    """The sample that centroids start from must not miss six pairs among 2,000 points."""
+    pairs = 100 * torch.eye(6).repeat_interleave(2, 0)
+    x = torch.cat([normal(seed, 2000, 6, dtype=torch.float32), pairs])
+    labels = greg.kmeans(x, 7, generator=generator(seed))[0]
+    assert labels[2000:].unique(return_counts=True)[1].tolist() == [2] * 6
+
+
 def test_kmeans_is_as_good_as_scikit_learn():
     cluster = pytest.importorskip("sklearn.cluster")
     x = F.normalize(normal(0, 300, 20, dtype=torch.float32).relu())
@@ -3845,6 +3867,7 @@ def test_steps_do_no_more_arithmetic_than_bench_counts():
 
 
 def test_bench_prints_a_row_for_every_job(monkeypatch, capsys):
+    monkeypatch.setattr(greg.time, "sleep", lambda seconds: None)
     for name in "bench_augment", "bench_metrics":  # of fewer images and scores
         job = getattr(greg, name)
         monkeypatch.setattr(greg, name, lambda n, device, job=job: job(50, device))
