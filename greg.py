@@ -4355,6 +4355,8 @@ def bench_metrics(n: int, device: torch.device) -> dict[str, Job]:
 
 def command_bench(args: argparse.Namespace) -> None:
     """Medians and spreads of our steps and parts, as ratios within one interleaved run."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be positive, got {args.rounds}")
     device, rows = args.device, []
 
     def add(what: str, jobs: dict[str, Job], passes: dict[str, float] | None = None) -> None:
@@ -4647,7 +4649,10 @@ def add_bench_arguments(p: argparse.ArgumentParser) -> None:
 
 def _sizes(text: str) -> tuple[int, int, int]:
     """ "N,d,k" -> three integers."""
-    N, d, k = map(int, text.split(","))
+    words = text.split(",")
+    N, d, k = map(int, words) if [w.isdecimal() for w in words] == [True] * 3 else (0, 0, 0)
+    if not (0 < d and 0 < k <= N):
+        raise argparse.ArgumentTypeError(f"need N,d,k such as 384,342,64 with k <= N, got {text!r}")
     return N, d, k
 
 

@@ -3713,6 +3713,7 @@ def test_figures_are_written(pretrained, tmp_path, capsys):
         ("table --runs nowhere", "nowhere"),
         ("figure scores nowhere", "nowhere"),
         ("figure scores a b", "one run folder"),
+        ("bench --rounds 0", "--rounds"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(line, message, tmp_path, capsys, monkeypatch):
@@ -3722,6 +3723,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, message, tmp_path, capsys, 
     assert greg.main(line.split()) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("size", ["foo", "5,2", "3,3,5", "5,0,2", "9,2,-2"])
+def test_sizes_of_kmeans_that_cannot_be_are_refused(size, capsys):
+    with pytest.raises(SystemExit) as e:
+        greg.main(["bench", "--kmeans", size])
+    assert e.value.code == 2 and size in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_unknown_options_and_help(capsys):
