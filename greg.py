@@ -353,7 +353,7 @@ def greg_loss(
     in the place of Eq. (1), and its `score` of the logits, low for ID, in the place of S.
     grad_share < 1 estimates Eq. (3) on that share of x_in and of x_aux, drawn at random, in a
     forward of their own: cheaper, noisier, unbiased but for batch norm, whose statistics in
-    training mode are then those of the images drawn.
+    training mode are then those of the images drawn (and are not kept).
     Raises ValueError for a compiled net: double backward through one has been silently wrong.
     """
     compiled = hasattr(net, "_orig_mod") or getattr(net, "_compiled_call_impl", None)
@@ -364,9 +364,10 @@ def greg_loss(
     with fast if lambda_grad else contextlib.nullcontext():
         if lambda_grad and grad_share < 1:
             rows, n_g = random_rows(n_in, len(x_aux), grad_share, generator, x.device)
-            x_g = x[rows].requires_grad_()
-            logits, s_g = net(x), score(net(x_g))
-            s = score(logits)
+            x_g, logits = x[rows].requires_grad_(), net(x)
+            # On copies of its buffers: batch statistics move once a step.
+            buffers = {name: b.clone() for name, b in net.named_buffers()}
+            s, s_g = score(logits), score(torch.func.functional_call(net, buffers, x_g))
         else:
             x_g, n_g = x.requires_grad_(lambda_grad != 0), n_in
             logits = net(x)
@@ -489,7 +490,7 @@ class FastDoubleBackward(TorchFunctionMode):
 def _conv2d_backward(g, x, weight, options, which):
     """The gradients of Σ g conv(x, weight) with respect to x and to weight, of those asked for."""
     stride, padding, dilation, groups = options
-    sizes = [v if isinstance(v, tuple) else (v, v) for v in (stride, padding, dilation)]
+    sizes = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
     kernel = torch.ops.aten.convolution_backward
     return kernel(g, x, weight, None, *sizes, False, (0, 0), groups, (*which, False))[:2]
 
@@ -996,9 +997,10 @@ def _split(w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weigh(m: nn.Module, x: Tensor, w: Tensor, after: nn.Module | None) -> tuple[Tensor, bool]:
-    """w after a convolution or linear layer; True if the batch norm that follows is in it.
+    """w after a convolution or linear layer; True if the batch norm `after` it is in it already.
 
-    Its factors s count for this layer (α = 1) or commute with ReLU and count for the next (α = 0).
+    Its factors s go into this layer's weight (a = 1) or, since they commute with ReLU, into w
+    (a = 0): the smaller result counts.
     """
     weight = m.weight if m.weight.dim() == 4 else m.weight[:, :, None, None]
     conv = type(m) is nn.Conv2d
@@ -1052,7 +1054,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 
     Layer by layer (see `_propagate`); at the end ∇S = -Wᵀp · ∇h is a convex combination of rows of
     the last layer W, so ‖∇S‖ <= max_i ‖W_i‖ · L_h. Useful for a few layers, vacuous for deep
-    networks: on those of the paper it exceeds ‖∇S‖ by ten powers of ten or more.
+    networks: on the paper's it exceeds ‖∇S‖ by five (ResNet-18) to forty powers of ten.
     Raises ValueError in training mode, NotImplementedError for a layer that it does not know.
     """
     steps = _exact(net)
@@ -1566,7 +1568,11 @@ def absent(logits: Tensor) -> Tensor:
 
 
 def odin(
-    net: nn.Module, x: Tensor, T: float = 1000.0, eps: float = 0.0014, std: Sequence[float] = (1.0,)
+    net: Callable[[Tensor], Tensor],
+    x: Tensor,
+    T: float = 1000.0,
+    eps: float = 0.0014,
+    std: Sequence[float] = (1.0,),
 ) -> Tensor:
     """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N].
 
@@ -1720,17 +1726,19 @@ def fit_scores(
     return Fit(p, std, W, b, clip, mask, fitted)
 
 
-# Score of (net, normalised images x, logits f, features z, fit), each row by the name in --scores.
+# Score of (net, normalised images x, logits f of the K classes, features z, fit), each row by the
+# name in --scores. Class K+1, where there is one, counts for "absent" alone.
 SCORES: dict[str, Callable[[Net, Tensor, Tensor, Tensor, Fit], Tensor]] = {
     "msp": lambda net, x, f, z, fit: msp(f),
-    "odin": lambda net, x, f, z, fit: odin(net, x, fit.p.T, fit.p.eps, fit.std),
+    "odin": lambda net, x, f, z, fit: odin(
+        lambda v: net(v)[:, : f.shape[1]], x, fit.p.T, fit.p.eps, fit.std
+    ),
     "energy": lambda net, x, f, z, fit: energy_score(f),
     "react": lambda net, x, f, z, fit: react(z, fit.W, fit.b, fit.clip),
     "dice": lambda net, x, f, z, fit: dice(z, fit.W, fit.b, fit.mask),
     "dice+react": lambda net, x, f, z, fit: dice(z, fit.W, fit.b, fit.mask, fit.clip),
     "line": lambda net, x, f, z, fit: line(z, fit.W, fit.b, fit.line, fit.p.line_clip),
-    "absent": lambda net, x, f, z, fit: absent(f),
-    "msp of K": lambda net, x, f, z, fit: msp(f[:, :-1]),  # OpenMix drops its class K+1
+    "absent": lambda net, x, f, z, fit: absent(net.fc(z)),
 }
 POST_HOC_ROWS = ("msp", "odin", "energy", "react", "dice", "dice+react", "line")
 NEED_FIT = {"odin", "react", "dice", "dice+react", "line"}
@@ -2471,10 +2479,16 @@ def _existing(path: str | Path, known: str) -> Path:
     return Path(path)
 
 
+def _shuffled(files: list[Path]) -> list[Path]:
+    """In a fixed random order: the first N of a folder of folders stand for all of it."""
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    return [files[i] for i in order.tolist()]
+
+
 def _unlabelled(path: Path, size: int, name: str, skip: bool = False) -> Images:
     """Images of an .npy, an .npz (its x, or else its first array) or below a folder."""
     if path.is_dir():
-        return Images(_decode(_files(path), size, skip=skip)[0], None, name)
+        return Images(_decode(_shuffled(_files(path)), size, skip=skip)[0], None, name)
     arrays = _arrays(path)
     if not arrays:
         raise ValueError(f"{path} holds no array")
@@ -2523,9 +2537,9 @@ def _published_ood(name: str, root: str | Path, download: bool, size: int, skip:
     if len(files) != (count := SOURCES[name].count):
         message = f"{place} has {len(files)} images, {name} has {count}"
         raise ValueError(f"{message}: delete the folder and unpack or fetch it again")
+    files = _shuffled(files)
     if name == "places365":  # 10,000 of them, as the paper has; always the same
-        keep = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:10000]
-        files = [files[i] for i in keep.sort().values.tolist()]
+        files = files[:10000]
     # LSUN-C has larger images (36×36 in ODIN's file): cropped, not resized, as in the released code
     return Images(_decode(files, size, name != "lsun_c", skip)[0], None, name)
 
@@ -2757,7 +2771,7 @@ METHODS = {
     # The compared methods.
     "oe": Method(oe_loss, Sampler(2), score="msp", lambda_s=0.5),
     "openmix": Method(
-        openmix_loss, prepare=mix, score="msp of K", recipe="openmix", lambda_s=1, extra_class=True
+        openmix_loss, prepare=mix, score="msp", recipe="openmix", lambda_s=1, extra_class=True
     ),
     "poem": Method(sampler=Sampler(1, pool=poem_pool), recipe="mining"),
     "ntom": Method(
@@ -2904,7 +2918,7 @@ def check_config(config: Config) -> Config:
     return config
 
 
-def learning_rate(config: Config, t: float) -> float:
+def learning_rate(config: Config, t: float | Fraction) -> float:
     """Learning rate at the share t in [0, 1) of the run: cosine to 0, or a tenth at each share."""
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * t)) / 2
@@ -3368,7 +3382,7 @@ class Trainer:
         return self.input(rows)
 
     def energy_loss(self, f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-        """Eq. (1) of logits, with this run's margins."""
+        """Eq. (1) with this run's margins, whatever score and margins the gradient term has."""
         s_in, s_aux = energy_score(f_in), energy_score(f_aux)
         return energy_loss(s_in, s_aux, self.config.m_in, self.config.m_aux)
 
@@ -3400,7 +3414,7 @@ class Trainer:
             )  # fmt: skip
         self.optimizer.zero_grad()
         out.loss.backward()
-        t = (self.epoch * self.steps + self.step) / (c.epochs * self.steps)
+        t = Fraction(self.epoch * self.steps + self.step, c.epochs * self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, t)
         self.optimizer.step()
@@ -3544,7 +3558,8 @@ def warn_of_collapse(folder: Path, row: dict[str, float], config: Config) -> Non
         if METHODS[config.method].loss in (None, balanced_energy_loss):
             margins = f"--m-in {first['probe_s_in']:.1f} --m-aux {first['probe_s_aux']:.1f}"
             advice = f"; margins nearer to the pre-trained mean scores are kinder: {margins}"
-        print(f"warning: ID accuracy fell from {before:.1%} to {now:.1%}{advice}", file=sys.stderr)
+        fell = f"accuracy on 256 training images fell from {before:.1%} to {now:.1%}"
+        print(f"warning: {fell}{advice}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -3595,7 +3610,7 @@ def score_images(
         logits, z = embed(net, x)
         columns["class"].append(logits[:, :K].argmax(1))
         for name in names:
-            columns[name].append(SCORES[name](net, x, logits, z, fit).detach())
+            columns[name].append(SCORES[name](net, x, logits[:, :K], z, fit).detach())
     scores = {name: gathered(torch.cat(parts), n) for name, parts in columns.items()}
     return scores, scores.pop("class")
 
@@ -3621,7 +3636,7 @@ def evaluate(
     """Section 6: ID accuracy, and for each score the metrics on each OOD set and their mean.
 
     Returns the results, with γ = the threshold of FPR95 for each score and the mean ‖∇S‖ over
-    1,000 images of each set, and the raw scores by "score/set".
+    1,000 images of each set (S of all outputs, K+1 included), and the raw scores by "score/set".
     """
     net.eval()
     fit = fit_to(net, train_set, config) if NEED_FIT & set(names) else None
@@ -3710,7 +3725,7 @@ VARIANTS = (  # an option of Config, its usual value, and what a row with anothe
 def results_rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Runs that differ in the seed alone become one row: {column: {seed: value}}.
 
-    A run that was evaluated twice is one seed, with the later values.
+    A run that was evaluated twice is one seed, with the values that come later in `results`.
     """
     rows: dict[str, dict[str, Any]] = {}
     for r in results:
@@ -3789,6 +3804,9 @@ def predict(folder: Path, paths: Sequence[str], device: torch.device) -> list[di
     """Class, score S, threshold γ and ID/OOD decision (ID iff S <= γ) of each image file."""
     net, state = load_run(folder, device, finished=True)
     config, gamma, name, rows = state["config"], state["gamma"], state["score"], []
+    if name in NEED_FIT:
+        message = f"{folder} is scored by {name}, which needs training images"
+        raise ValueError(f"{message}: greg.py eval does that, predict has none")
     K = len(state["classes"])
     for path in paths:
         images = Images(load_image(path, state["size"]), None, path)
@@ -3857,7 +3875,7 @@ PAPER: dict[int, dict[str, tuple[str, str, str]]] = {
         "LINe": ("ce", "line", "45.25 90.59 36.27 90.2 14.84 96.95"),
         "OE": ("oe", "msp", "19.92 95.71 21.12 95.55 21.76 95.8"),
         "Energy loss": ("energy", "energy", "11.14 97.53 13.11 97.14 11.26 97.43"),
-        "OpenMix": ("openmix", "msp of K", "22.24 96.26 21.92 96 22.86 95.65"),
+        "OpenMix": ("openmix", "msp", "22.24 96.26 21.92 96 22.86 95.65"),
         "GReg": ("greg", "energy", "7.9 97.95 7.95 98.1 7.93 98.12"),
     },
     2: {
@@ -3870,7 +3888,7 @@ PAPER: dict[int, dict[str, tuple[str, str, str]]] = {
         "OE": ("oe", "msp", "77.32 63.89 74.22 65.70 60.52 84.21"),
         "Energy loss": ("energy", "energy", "62.77 84.05 65.62 80.18 64.37 83.86"),
         "POEM": ("poem", "energy", "61.11 82.43 62.58 79.74 59.33 79.81"),
-        "OpenMix": ("openmix", "msp of K", "59.64 88.09 73.12 79.23 67.29 84.47"),
+        "OpenMix": ("openmix", "msp", "59.64 88.09 73.12 79.23 67.29 84.47"),
         "DOS": ("dos", "absent", "54.62 88.30 45.26 90.76 34.92 93.22"),
         "GReg": ("greg", "energy", "59.6 82.92 58.26 86.56 56.29 87.35"),
         "GReg+": ("greg+", "energy", "50.78 88.75 48.12 91.02 30.55 93.38"),
@@ -3997,13 +4015,19 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     columns, runs = table_columns(args.number, args.id, args.archs), {}
     if any(fine_tunes(method, id) for method in methods for id, *_ in columns):
         methods = ["ce", *(m for m in methods if m != "ce")]
+    of_gradient = {name for name, *_ in VARIANTS}  # options that mean nothing to the others
     for id, arch in dict.fromkeys(c[:2] for c in columns):
         for seed in args.seeds:
             run = given(Config, args) | {"id": id, "arch": arch, "seed": seed}
             start = run_folder(args.runs, Config(**run | {"method": "ce"}))
             for method in methods:
                 init = str(start) if fine_tunes(method, id) else ""
-                config = Config(**run | {"method": method, "init": init})
+                own = (
+                    run
+                    if METHODS[method].gradient
+                    else {k: v for k, v in run.items() if k not in of_gradient}
+                )
+                config = Config(**own | {"method": method, "init": init})
                 runs[run_folder(args.runs, config)] = config
     return runs
 
@@ -4056,7 +4080,8 @@ def certify_report(
     "attacked" is what PGD found, "certified" what no attack can do to S (lower bounds, global and,
     if `local`, local). "smoothed" is another detector with a threshold of its own, from medians
     under other noise; at ε > 0 it is certified, for each input with probability 1 - alpha. Also the
-    share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in).
+    share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in; FPR95
+    itself is always at that one, as in every table).
     """
     draws = torch.Generator(x_in.device).manual_seed(0)
     lipschitz = lipschitz_global(net, x_in.shape[1:])
@@ -4177,6 +4202,8 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
         s_in, s_out = _score(net, x_in), _score(net, x_out)
         gamma = threshold(s_in)
         result = {"fpr95": fpr_at_tpr(s_in, s_out), "gamma": gamma}
+        result |= {"ID gradient": input_gradients(net, x_in).mean().item()}
+        result |= {"OOD gradient": input_gradients(net, x_out).mean().item()}
         surface = _score(net, grid).view(200, 200).T
         levels = torch.linspace(-9, 0, 28)
         image = axes.contourf(axis, axis, surface, levels, extend="both")
@@ -4426,7 +4453,8 @@ def given(cls: type, args: argparse.Namespace) -> dict[str, Any]:
 
 def run_folder(runs: Path, config: Config) -> Path:
     """runs/ID/network/method/seedN."""
-    method = config.method + ("-released" if config.reduction == "released" else "")
+    released = config.reduction == "released" and METHODS[config.method].gradient
+    method = config.method + ("-released" if released else "")
     id = Path(config.id).stem
     id = id if len(id) < 100 else f"{id[:40]}-{hashed(id):x}"  # a long list of classes
     return runs / id / config.arch / method / f"seed{config.seed}"
@@ -4452,7 +4480,7 @@ def command_eval(args: argparse.Namespace) -> None:
     train_set, K = _on(args.device, train_set, config.n_train), len(train_set.classes)
     if args.weights:
         net = build(config.arch, K, args.weights).to(args.device)
-    if {"absent", "msp of K"} & set(names) and net.fc.out_features == K:
+    if "absent" in names and net.fc.out_features == K:
         raise ValueError(f"{', '.join(names)}: this network has no class K + 1 to score")
     results, raw = evaluate(net, train_set, test_set, ood, config, names)
     results |= {"config": asdict(config), "left_out": left_out, "score": score} | environment()

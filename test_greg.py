@@ -531,6 +531,38 @@ def test_equation_3_on_a_random_share_of_the_batch_is_unbiased(seed, reduction, 
     torch.testing.assert_close(sum(at_weights) / len(ways), expected)
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_running_statistics_are_those_of_one_forward_of_the_whole_batch(share):
+    net = seeded(0, lambda: greg.wrn(10, 1, 3)).train()
+    x = normal(0, 6, 3, 8, 8, dtype=torch.float32)
+    once = copy.deepcopy(net)
+    once(x)
+    greg.greg_loss(net, x[:2], torch.tensor([0, 1]), x[2:], grad_share=share).loss.backward()
+    for (name, a), b in zip(net.named_buffers(), once.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_the_gradient_term_takes_strides_as_lists():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(normal(0, 3, 2, 3, 3))
+
+        def forward(self, x):
+            return F.softplus(F.conv2d(x, self.w, stride=[2, 1], padding=[1, 0])).sum((2, 3))
+
+    net, x = Net(), normal(1, 4, 2, 5, 5)
+    margins = {"m_in": 1e3, "m_aux": -1e3}  # every sample in both masks
+    loss = greg.greg_loss(net, x[:2], torch.tensor([0, 1]), x[2:], lambda_s=0, **margins)
+    expected = sum(
+        torch.autograd.functional.jacobian(lambda v: greg.energy_score(net(v[None]))[0], v).norm()
+        for v in x
+    )
+    assert loss.gradient.item() == pytest.approx(expected.item() / 2)
+    loss.loss.backward()
+    assert net.w.grad.isfinite().all()
+
+
 @given(seeds, st.integers(1, 9), st.integers(1, 9), st.floats(0.01, 1))
 def test_the_rows_drawn_for_equation_3_are_distinct_and_of_both_sides(seed, n_in, n_aux, share):
     rows, n = greg.random_rows(n_in, n_aux, share, generator(seed))
@@ -2677,7 +2709,19 @@ def test_places365_is_always_the_same_ten_thousand(tmp_path, monkeypatch):
     monkeypatch.setitem(greg.__dict__, "_decode", decode)
     for _ in range(2):
         greg.load_ood(["places365"], tmp_path)
-    assert chosen[0] == chosen[1] == sorted(set(chosen[0])) and len(chosen[0]) == 10000
+    assert chosen[0] == chosen[1] and len(set(chosen[0])) == len(chosen[0]) == 10000
+    places = [int(path.stem) for path in chosen[0][:1000]]  # the first stand for all
+    assert 4500 < sum(places) / 1000 < 5500
+
+
+def test_the_first_images_of_a_folder_of_folders_stand_for_all(tmp_path):
+    for i in range(5):
+        (tmp_path / str(i)).mkdir()
+        for j in range(8):
+            Image.new("RGB", (8, 8), (40 * i, j, 0)).save(tmp_path / str(i) / f"{j}.png")
+    a, b = (greg.load_ood([f"mine={tmp_path}"], size=8)[0]["mine"].x for _ in range(2))
+    assert torch.equal(a, b) and len(a[:, 0, 0].unique(dim=0)) == 40
+    assert len(a[:16, 0, 0, 0].unique()) == 5
 
 
 def test_available_takes_the_sets_that_are_there_and_names_the_others(tmp_path, monkeypatch):
@@ -3526,6 +3570,45 @@ def test_predict_decides_by_the_threshold_of_fpr95(files, pretrained, tmp_path):
         assert row["class"] in map(str, range(10))
     with pytest.raises(FileNotFoundError, match="no image"):
         greg.predict(pretrained, [str(tmp_path / "absent.png")], CPU)
+
+
+def test_predict_refuses_a_score_that_needs_training_images(pretrained, tmp_path):
+    state = torch.load(pretrained / "checkpoint.pt", weights_only=True) | {"score": "react"}
+    torch.save(state, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="react"):
+        greg.predict(tmp_path, [], CPU)
+
+
+def test_class_K_plus_1_counts_for_its_own_score_alone():
+    """Every other score of a network with it is that of the network without."""
+    images = greg.synthetic("test", 20)
+    more = seeded(0, lambda: greg.wrn(10, 1, 11)).eval()
+    net = copy.deepcopy(more)
+    net.fc = nn.Linear(64, 10)
+    net.fc.weight.data, net.fc.bias.data = more.fc.weight.data[:10], more.fc.bias.data[:10]
+    names = [name for name in greg.SCORES if name != "absent"]
+    config = greg.Config("ce", id="synthetic", arch="wrn10_1", stats="cifar10")
+    train_set = greg.synthetic("train", 100)
+    a, b = (
+        greg.score_images(v, images, 10, "cifar10", names, greg.fit_to(v, train_set, config))[0]
+        for v in (net, more)
+    )
+    for name in names:
+        torch.testing.assert_close(a[name], b[name], msg=name)
+    f = more(greg.normalise(images.x, *greg.STATS["cifar10"])).detach()
+    absent = greg.score_images(more, images, 10, "cifar10", ["absent"])[0]["absent"]
+    torch.testing.assert_close(absent, f.softmax(1)[:, 10], rtol=1e-4, atol=1e-6)
+
+
+def test_options_of_the_gradient_term_leave_the_other_methods_runs_alone():
+    line = "table 1 --archs wrn40_2 --seeds 0 --methods energy greg --runs r"
+    plain, other = (
+        greg.table_runs(greg.parser().parse_args([*line.split(), *words]))
+        for words in ([], ["--reduction", "released", "--lambda-grad", "3"])
+    )
+    changed = [folder for folder, config in other.items() if plain.get(folder) != config]
+    assert [folder.parent.name for folder in changed] == ["greg-released"] and len(other) == 3
+    assert other[changed[0]].lambda_grad == 3 and "ce" in other[changed[0]].init
 
 
 def test_an_unfinished_run_has_no_threshold_to_predict_with(pretrained, tmp_path):
