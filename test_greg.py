@@ -37,6 +37,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 
 import greg
 
@@ -422,6 +423,18 @@ def test_a_zero_gradient_has_norm_zero_and_finite_gradients():
     assert torch.equal(norm, torch.zeros(4, dtype=torch.float64))
     norm.sum().backward()
     assert torch.equal(w.grad, torch.zeros(3, dtype=torch.float64))
+
+
+@given(seeds, st.lists(st.booleans(), min_size=6, max_size=6))
+def test_masked_samples_stay_out_of_the_gradient_norm_also_in_training_mode(seed, mask):
+    """Where batch norm has every sample feel every other's score."""
+    layers = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Softplus(), nn.Linear(8, 4)
+    net = seeded(seed, lambda: nn.Sequential(*layers)).double().train()
+    x, mask = normal(seed, 6, 3), torch.tensor(mask)
+    J = torch.autograd.functional.jacobian(lambda v: greg.energy_score(net(v)), x)  # [6,6,3]
+    v = x.clone().requires_grad_()
+    ours = greg.gradient_norm(greg.energy_score(net(v)), v, mask)
+    torch.testing.assert_close(ours, (J * mask.view(-1, 1, 1)).sum(0).norm(dim=1) * mask)
 
 
 @given(seeds, st.integers(1, 6))
@@ -3269,11 +3282,16 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_weights(
 ):
     config = started_from(pretrained, "greg+", epochs=3)
     folder, fork = tmp_path_factory.mktemp("killed"), multiprocessing.get_context("fork")
+
+    def victim():
+        tqdm.set_lock(threading.RLock())  # its own: we would wait for what it dies with forever
+        trainer(config, folder).run()
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greg, "SAVE_SECONDS", 0)  # after every step
         patch.setattr(greg, "SYNC_STEPS", 1)
         for delay in delays:
-            process = fork.Process(target=lambda: trainer(config, folder).run())
+            process = fork.Process(target=victim)
             process.start()
             process.join(delay)
             process.kill()
