@@ -1054,7 +1054,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 
     Layer by layer (see `_propagate`); at the end ∇S = -Wᵀp · ∇h is a convex combination of rows of
     the last layer W, so ‖∇S‖ <= max_i ‖W_i‖ · L_h. Useful for a few layers, vacuous for deep
-    networks: on the paper's it exceeds ‖∇S‖ by five (ResNet-18) to forty powers of ten.
+    networks: on the paper's, untrained, it exceeds ‖∇S‖ by five (ResNet-18) to forty powers of ten.
     Raises ValueError in training mode, NotImplementedError for a layer that it does not know.
     """
     steps = _exact(net)
@@ -4022,11 +4022,8 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
             start = run_folder(args.runs, Config(**run | {"method": "ce"}))
             for method in methods:
                 init = str(start) if fine_tunes(method, id) else ""
-                own = (
-                    run
-                    if METHODS[method].gradient
-                    else {k: v for k, v in run.items() if k not in of_gradient}
-                )
+                void = set() if METHODS[method].gradient else of_gradient
+                own = {k: v for k, v in run.items() if k not in void}
                 config = Config(**own | {"method": method, "init": init})
                 runs[run_folder(args.runs, config)] = config
     return runs
@@ -4080,8 +4077,8 @@ def certify_report(
     "attacked" is what PGD found, "certified" what no attack can do to S (lower bounds, global and,
     if `local`, local). "smoothed" is another detector with a threshold of its own, from medians
     under other noise; at ε > 0 it is certified, for each input with probability 1 - alpha. Also the
-    share of ID inputs that the attack gets rejected at γ (default: that of FPR95 on x_in; FPR95
-    itself is always at that one, as in every table).
+    share of ID inputs that the attack gets rejected at gamma, if given; FPR95 is always at the γ of
+    x_in itself, which is also gamma's default.
     """
     draws = torch.Generator(x_in.device).manual_seed(0)
     lipschitz = lipschitz_global(net, x_in.shape[1:])
@@ -4438,6 +4435,7 @@ def command_demo(args: argparse.Namespace) -> None:
 
 
 def command_train(args: argparse.Namespace) -> None:
+    """Train one run, or go on with it, and print its results."""
     config = Config(**given(Config, args))
     folder = args.out or run_folder(args.runs, config)
     results = train(config, folder, args.device, DataOptions(**given(DataOptions, args)))
@@ -4461,6 +4459,7 @@ def run_folder(runs: Path, config: Config) -> Path:
 
 
 def command_eval(args: argparse.Namespace) -> None:
+    """Evaluate a run, or weights without one, by the scores asked for."""
     if bool(args.run) == bool(args.weights):
         raise ValueError("name either a run folder, or --weights FILE with its --arch and --id")
     if args.run:
@@ -4493,6 +4492,7 @@ def command_eval(args: argparse.Namespace) -> None:
 
 
 def command_predict(args: argparse.Namespace) -> None:
+    """Print class, score, γ and decision of each image file."""
     rows = predict(args.run, args.images, args.device)
     print(
         markdown(
@@ -4503,6 +4503,7 @@ def command_predict(args: argparse.Namespace) -> None:
 
 
 def command_table(args: argparse.Namespace) -> None:
+    """Run what a table of the paper needs and print it, or print every finished run."""
     if args.number is None:
         results = [json.loads(p.read_text()) for p in sorted(args.runs.rglob("results.json"))]
         if not results:
@@ -4527,6 +4528,7 @@ def command_table(args: argparse.Namespace) -> None:
 
 
 def command_certify(args: argparse.Namespace) -> None:
+    """Attack and certify a run: a table, and a figure of the curves."""
     net, state = load_run(args.run, args.device, finished=True)
     config = saved_config(state["config"])
     if state["score"] != "energy":
@@ -4555,6 +4557,7 @@ def command_certify(args: argparse.Namespace) -> None:
 
 
 def command_figure(args: argparse.Namespace) -> None:
+    """Draw Figure 1, Figure 3 or the histograms of the scores."""
     out = args.out or Path(f"figure_{args.which}.png")
     if args.which != "1" and not args.folders:
         raise ValueError(f"figure {args.which} is drawn from run folders: name them")
@@ -4654,6 +4657,7 @@ TRAINING_ONLY = "workers", "decode", "candidate_chunk"  # fields of DataOptions
 
 
 def add_certify_arguments(p: argparse.ArgumentParser) -> None:
+    """The options of `certify`."""
     p.add_argument("run", type=Path, help="folder of a finished run")
     p.add_argument("--images", type=int, default=200, help="images of each set (default: 200)")
     p.add_argument("--eps", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5], help="ℓ2 radii")
@@ -4663,6 +4667,7 @@ def add_certify_arguments(p: argparse.ArgumentParser) -> None:
 
 
 def add_bench_arguments(p: argparse.ArgumentParser) -> None:
+    """The options of `bench`."""
     p.add_argument("--archs", nargs="+", choices=ARCHS, default=["wrn40_2", "densenet100"])
     p.add_argument("--batch", type=int, default=32, help="ID images a step (default: 32)")
     p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
