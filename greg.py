@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import ctypes
 import functools
 import gzip
 import hashlib
@@ -466,7 +467,9 @@ class FastDoubleBackward(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        fast = {F.conv2d: self._conv2d, F.batch_norm: _batch_norm, torch.cat: _cat}.get(func)
+        fast = {
+            F.conv2d: self._conv2d, F.batch_norm: _batch_norm, F.relu: _relu, torch.cat: _cat
+        }.get(func)  # fmt: skip
         out = fast(*args, **(kwargs or {})) if fast else NotImplemented
         return func(*args, **(kwargs or {})) if out is NotImplemented else out
 
@@ -530,6 +533,35 @@ class _Conv2dBackward(torch.autograd.Function):
 
 
 _TWICE = "FastDoubleBackward differentiates the gradient with respect to weights only once"
+
+
+def _relu(input, inplace=False):
+    return NotImplemented if inplace else _ReLU.apply(input)
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        return _ReLUBackward.apply(g, *ctx.saved_tensors)
+
+
+class _ReLUBackward(torch.autograd.Function):
+    """g where y > 0: constant in y, for which PyTorch would add up zeros as large as y."""
+
+    @staticmethod
+    def forward(ctx, g, y):
+        ctx.save_for_backward(y)
+        return torch.ops.aten.threshold_backward(g, y, 0)
+
+    @staticmethod
+    def backward(ctx, v):
+        return _ReLUBackward.apply(v, *ctx.saved_tensors), None
 
 
 def _cat(tensors, dim=0, **more):
@@ -3038,9 +3070,14 @@ def build(
     return net
 
 
-def embed(net: Net, x: Tensor, amp: bool = False, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Logits [N,K] and features z = h(x) [N,d] in eval mode without gradients, chunk by chunk."""
-    training = net.training
+def embed(
+    net: Net, x: Tensor, amp: bool = False, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N,K] and features z = h(x) [N,d] in eval mode without gradients, chunk by chunk.
+
+    On a CPU 32 images at once, whose activations its cache holds: up to twice as fast as all.
+    """
+    training, chunk = net.training, chunk or (32 if x.device.type == "cpu" else 1024)
     net.eval()
     with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
         z = torch.cat([net.features(part) for part in x.split(chunk)])
@@ -4240,7 +4277,7 @@ def released_step(
     from sklearn.cluster import KMeans
 
     n = len(x_in)
-    f, z = embed(net, candidates)
+    f, z = embed(net, candidates, chunk=len(candidates))
     s = energy_score(f).tolist()
     labels = KMeans(n, n_init=3).fit(F.normalize(z).cpu().numpy()).labels_.tolist()
     chosen = set()
@@ -4413,6 +4450,7 @@ def command_bench(args: argparse.Namespace) -> None:
     header = ["what", "job", "median ms", "spread ms", "ratio", "by counting"]
     where = f"{environment()['device']}, {torch.get_num_threads()} threads"
     where += f", torch {torch.__version__}, {args.rounds} rounds; float32 where not said otherwise."
+    where += " The system's allocator." if args.system_allocator else ""
     print(f"{markdown(header, rows)}\n{where}")
     if not importlib.util.find_spec("sklearn"):
         print("Without scikit-learn its baselines are left out (pip install scikit-learn).")
@@ -4673,6 +4711,8 @@ def add_bench_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--rounds", type=int, default=7, help="repetitions (default: 7)")
     p.add_argument("--amp", action="store_true", help="the steps with bfloat16 too")
     p.add_argument("--parts", action="store_true", help="augmentation and metrics too")
+    text = "leave the C library's memory allocation as it is (CPU), for all jobs"
+    p.add_argument("--system-allocator", action="store_true", help=text)
     sizes, text = [(384, 342, 64), (3000, 1024, 64)], "sizes of K-Means (default: %(default)s)"
     p.add_argument("--kmeans", nargs="*", type=_sizes, metavar="N,d,k", default=sizes, help=text)
     p.add_argument(
@@ -4711,11 +4751,25 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory of freed tensors for the next ones; elsewhere nothing happens.
+
+    By default it returns blocks above 32 MiB to the system at once, so that every step waits for
+    fresh pages: with DenseNet-BC-100 on a CPU a third of its time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap,
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: which does not shrink
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake is one line on stderr and exit code 2."""
     args = parser().parse_args(argv)
     try:
         args.device = pick_device(args.device)
+        if args.device.type == "cpu" and not getattr(args, "system_allocator", False):
+            keep_freed_memory()
         args.run_command(args)
         return 0
     except (ValueError, OSError, FloatingPointError, ImportError) as e:
