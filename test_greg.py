@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
@@ -609,7 +610,7 @@ class Catenated(nn.Module):
         return torch.cat([x, *(body(x) for body in self.bodies)], self.dim)
 
 
-def mixed_net(seed, conv, norm, channels_last, training):
+def mixed_net(seed, conv, norm, bend, channels_last, training):
     """Strided, dilated, grouped, biased and 'same' convolutions, every norm, in float64."""
     norms = {
         "batch": lambda: nn.BatchNorm2d(4),
@@ -617,7 +618,8 @@ def mixed_net(seed, conv, norm, channels_last, training):
         "plain": lambda: nn.BatchNorm2d(4, affine=False),
         "group": lambda: nn.GroupNorm(2, 4),
     }
-    layers = [nn.Conv2d(2, 4, 3, bias=False), norms[norm](), nn.Softplus()]
+    bends = {"relu": nn.ReLU(), "in place": nn.ReLU(inplace=True), "smooth": nn.Softplus()}
+    layers = [nn.Conv2d(2, 4, 3, bias=False), norms[norm](), bends[bend]]
     layers += [nn.Conv2d(4, 4, 3, **conv), norms[norm](), nn.Tanh()]
     layers += [Catenated(nn.Conv2d(4, 2, 1, bias=False), nn.Conv2d(4, 4, 1)), nn.Flatten()]
     net = nn.Sequential(*layers, nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Softplus())
@@ -637,11 +639,14 @@ def mixed_net(seed, conv, norm, channels_last, training):
     ),
     st.sampled_from([{"stride": 2, "padding": 1}, {"padding": "same"}, {"padding": (0, 2)}, {}]),
     st.sampled_from(["batch", "no average", "plain", "group"]),
+    st.sampled_from(["relu", "in place", "smooth"]),
     st.booleans(),
     st.booleans(),
 )
-def test_the_fast_double_backward_is_autograds_own(seed, conv, more, norm, channels_last, training):
-    fast, x = mixed_net(seed, conv | more, norm, channels_last, training)
+def test_the_fast_double_backward_is_autograds_own(
+    seed, conv, more, norm, bend, channels_last, training
+):
+    fast, x = mixed_net(seed, conv | more, norm, bend, channels_last, training)
     slow, y, results = copy.deepcopy(fast), torch.tensor([0, 3]), []
     ours = greg.greg_loss(fast, x[:2], y, x[2:], 9.0, -9.0)
     v = x.clone().requires_grad_()
@@ -672,8 +677,17 @@ def graph_of(t):
 def test_the_networks_of_the_paper_run_on_the_fast_double_backward(arch):
     net, x = greg.build(arch, 3).train(), torch.rand(4, 3, 32, 32)
     names = graph_of(greg.greg_loss(net, x[:2], torch.tensor([0, 1]), x[2:], 9.0, -9.0).gradient)
-    assert not names & {"ConvolutionBackward0", "NativeBatchNormBackward0", "CatBackward0"}
+    slow = {"ConvolutionBackward0", "NativeBatchNormBackward0", "CatBackward0", "ReluBackward0"}
+    assert not names & slow
     assert {"_Conv2dBackwardBackward", "_BatchNormBackwardBackward"} <= names
+    assert "_ReLUBackwardBackward" in names
+
+
+def test_relu_in_place_stays_in_place_on_the_fast_double_backward():
+    x = torch.tensor([-1.0, 2.0])
+    with greg.FastDoubleBackward():
+        F.relu(x, inplace=True)
+    assert x.tolist() == [0, 2]
 
 
 def test_a_second_gradient_of_the_weights_is_refused_not_wrong():
@@ -3133,6 +3147,17 @@ def test_a_step_sees_the_candidates_of_the_paper(
     assert seen == [candidates] and len(x) == (32 if method == "greg+" else 16)
 
 
+def test_features_come_in_chunks_and_do_not_depend_on_them():
+    net, x, seen = greg.build("wrn10_1", 3), torch.rand(70, 3, 32, 32), []
+    whole = greg.embed(net, x, chunk=70)
+    net.features.register_forward_hook(lambda net, x, out: seen.append(len(out)))
+    for chunk, sizes in (None, [32, 32, 6]), (50, [50, 20]):
+        for ours, expected in zip(greg.embed(net, x, chunk=chunk), whole, strict=True):
+            assert torch.allclose(ours, expected, rtol=1e-4, atol=1e-5)
+        assert seen == sizes and net.training
+        seen.clear()
+
+
 @given(st.integers(100, 3000), st.integers(1, 12), st.integers(1, 3))
 def test_every_auxiliary_image_is_a_candidate_each_epoch(n_aux, steps, world):
     """Section 6.1, "so that no auxiliary sample is missed", over all steps and ranks."""
@@ -3988,6 +4013,38 @@ def test_bench_prints_a_row_for_every_job(monkeypatch, capsys):
     assert jobs[:2] == ["ce", "greg+"] and jobs.count("greg+") == 4
     assert {"ours", "torchvision, image by image", "the sort alone"} <= set(jobs)
     assert all(float(row[4]) > 0 for row in table[2:])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_kept_for_the_next_tensors():
+    """Page faults of making and freeing tensors of 64 MiB, before and after."""
+    script = """
+import greg, resource, torch
+
+def faults():
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
+
+before = faults()
+greg.keep_freed_memory()
+faults()
+print(before, faults())
+"""
+    out = subprocess.run([sys.executable, "-c", script], cwd=HERE, capture_output=True, text=True)
+    before, after = map(int, out.stdout.split())
+    assert after < before / 10
+
+
+@pytest.mark.parametrize("flag", [[], ["--system-allocator"]])
+def test_bench_leaves_the_allocator_alone_when_asked_to(flag, monkeypatch, capsys):
+    called = []
+    monkeypatch.setattr(greg, "keep_freed_memory", lambda: called.append(True))
+    assert (
+        greg.main(["bench", "--archs", "wrn10_1", "--rounds", "0", "--device", "cpu", *flag]) == 2
+    )
+    assert bool(called) != bool(flag)
 
 
 def test_the_map_of_the_readme_is_that_of_the_module():
