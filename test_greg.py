@@ -704,6 +704,18 @@ def test_a_second_gradient_of_the_weights_is_refused_not_wrong():
             (g[0].sum() * g[1].sum()).backward()
 
 
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_third_derivative_is_refused_not_wrong(norm):
+    """Also where the loss is linear in the image gradient, so that nothing else would notice."""
+    layers = [nn.BatchNorm2d(2)] if norm else [nn.Conv2d(2, 2, 3, bias=False), nn.Softplus()]
+    net, x = nn.Sequential(*layers, nn.Softplus()).double(), normal(0, 3, 2, 4, 4).requires_grad_()
+    with greg.FastDoubleBackward():
+        s = net(x).sum()
+    (g,) = torch.autograd.grad(s, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        torch.autograd.grad((g * normal(1, *x.shape)).sum(), layers[0].weight, create_graph=True)
+
+
 def test_the_fast_double_backward_under_autocast_is_autograds_own_up_to_bfloat16():
     net = greg.build("wrn10_1", 3).train()
     x, y, grads = torch.rand(8, 3, 32, 32), torch.tensor([0, 1, 2, 0]), []
@@ -4037,14 +4049,42 @@ print(before, faults())
     assert after < before / 10
 
 
-@pytest.mark.parametrize("flag", [[], ["--system-allocator"]])
-def test_bench_leaves_the_allocator_alone_when_asked_to(flag, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "line,device,kept",
+    [
+        ("bench --rounds 0", "cpu", True),
+        ("bench --rounds 0 --system-allocator", "cpu", False),
+        ("predict nowhere image.png", "cpu", True),
+        ("predict nowhere image.png", "cuda", False),
+    ],
+)
+def test_commands_on_a_cpu_keep_freed_memory(line, device, kept, monkeypatch, capsys):
     called = []
     monkeypatch.setattr(greg, "keep_freed_memory", lambda: called.append(True))
-    assert (
-        greg.main(["bench", "--archs", "wrn10_1", "--rounds", "0", "--device", "cpu", *flag]) == 2
-    )
-    assert bool(called) != bool(flag)
+    monkeypatch.setattr(greg, "pick_device", lambda name: torch.device(device))
+    assert greg.main(line.split()) == 2  # after the choice of the device
+    assert bool(called) == kept
+
+
+def test_the_released_baseline_is_the_released_procedure(monkeypatch):
+    """Features of all candidates in one forward, then two forwards in training mode."""
+
+    class KMeans:
+        def __init__(self, k, n_init):
+            self.k = k
+
+        def fit(self, z):
+            self.labels_ = np.arange(len(z)) % self.k
+            return self
+
+    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", SimpleNamespace(KMeans=KMeans))
+    net, seen = greg.build("wrn10_1", 3), []
+    net.features.register_forward_hook(lambda m, x, out: seen.append((len(out), m.training)))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    x, y, candidates = torch.rand(8, 3, 32, 32), torch.arange(8) % 3, torch.rand(48, 3, 32, 32)
+    greg.released_step(net, optimizer, x, y, candidates)
+    assert seen == [(48, False), (24, True), (24, True)]
 
 
 def test_the_map_of_the_readme_is_that_of_the_module():
