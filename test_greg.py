@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -4077,8 +4078,10 @@ def test_the_released_baseline_is_the_released_procedure(monkeypatch):
             self.labels_ = np.arange(len(z)) % self.k
             return self
 
-    monkeypatch.setitem(sys.modules, "sklearn", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "sklearn.cluster", SimpleNamespace(KMeans=KMeans))
+    for name in "sklearn", "sklearn.cluster":
+        module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
+        module.KMeans = KMeans
+        monkeypatch.setitem(sys.modules, name, module)
     net, seen = greg.build("wrn10_1", 3), []
     net.features.register_forward_hook(lambda m, x, out: seen.append((len(out), m.training)))
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
