@@ -4050,6 +4050,21 @@ print(before, faults())
     assert after < before / 10
 
 
+def test_an_older_glibc_and_another_library_are_provided_for(monkeypatch):
+    """glibc before 2.35 refuses a threshold of 1 GiB (returns 0): there no block may be mapped."""
+    calls = []
+
+    def mallopt(option, value):
+        calls.append((option, value))
+        return option != -3
+
+    monkeypatch.setattr(greg.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    greg.keep_freed_memory()
+    assert calls == [(-3, 2**30), (-4, 0), (-1, -1)]
+    monkeypatch.setattr(greg.ctypes, "CDLL", lambda name: SimpleNamespace())
+    greg.keep_freed_memory()
+
+
 @pytest.mark.parametrize(
     "line,device,kept",
     [
