@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tables 1 and 2 of the paper (CIFAR-10, CIFAR-100), or a demonstration on synthetic images.
+# Tables 1, 2, 4, 5 and 6 of the paper (CIFAR-10, CIFAR-100), or a demonstration on built-in images.
 # Run the same command again to go on after a stop: finished runs are skipped.
 set -euo pipefail
 shopt -s inherit_errexit
@@ -7,20 +7,21 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
   cat <<EOT
-usage: run_cifar.sh demo | cifar10 | cifar100 [--dry-run]
+usage: run_cifar.sh demo | cifar10 | cifar100 | 4 | 5 | 6 [--dry-run]
 
-  demo       a few minutes on two CPU cores: pre-train, fine-tune and tabulate on synthetic images
+  demo       a few minutes on two CPU cores: pre-train, fine-tune and tabulate on built-in images
   cifar10    Table 1: every method, three networks, three seeds
   cifar100   Table 2, likewise
-  --dry-run  print the commands and run nothing
+  4, 5, 6    Tables 4 (gradient term), 5 (sampling) and 6 (ID accuracy)
+  --dry-run  print the command, and of a table its runs, and run nothing
 
 Environment variables and their defaults:
   PYTHON     a Python with torch; .venv is made beside this script if none is found
   ARCHS      the table's "resnet18 wrn40_2 densenet100"
   METHODS    every training method of the table, such as "energy greg"
-  SEEDS      "0 1 2"
+  SEEDS      "0 1 2" (demo: 0)
   ID, AUX    the CIFAR set and random300k; or paths of your own data
-  OOD        the paper's six sets; or names and name=path, separated by blanks
+  OOD        the paper's six sets; or names and name=path, separated by commas or else by blanks
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
   DOWNLOAD   empty           1: fetch the data sets that are absent
@@ -46,30 +47,32 @@ find_python() { # a Python with torch: the caller's, ours, the system's, or a ne
   echo "$venv"
 }
 
-run() { # print a command; run it unless --dry-run
-  printf '+ %s\n' "$*"
+run() { # print a command so that it can be pasted; run it unless --dry-run
+  printf '+%s\n' "$(printf ' %q' "$@")"
   if [[ -z $dry_run ]]; then "$@"; fi
 }
 
 [[ ${1:-} == --help || ${1:-} == -h ]] && { usage; exit 0; }
 job=${1:-} dry_run=${2:-}
-case "$job/$dry_run" in
-  demo/ | cifar10/ | cifar100/ | demo/--dry-run | cifar10/--dry-run | cifar100/--dry-run) ;;
-  *) usage >&2; exit 2 ;;
-esac
+[[ $job =~ ^(demo|cifar10|cifar100|4|5|6)$ && $dry_run =~ ^(--dry-run)?$ && $# -le 2 ]] || {
+  usage >&2; exit 2; }
+# glibc returns large blocks to the system as soon as they are free, and every step waits for fresh
+# pages: on a CPU up to a third of its time. Both variables are needed for it to keep them.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_--1}
 if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
 runs=${RUNS:-runs}
 
 if [[ $job == demo ]]; then
-  run "$python" "$here/greg.py" demo --runs "$runs/demo"
+  read -ra seeds <<<"${SEEDS:-0}"
+  run "$python" "$here/greg.py" demo --runs "$runs" --seeds "${seeds[@]}"
   exit 0
 fi
 
-[[ $job == cifar10 ]] && number=1 || number=2
+case $job in cifar10) number=1 ;; cifar100) number=2 ;; *) number=$job ;; esac
 read -ra archs <<<"${ARCHS:-}"
 read -ra methods <<<"${METHODS:-}"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
-read -ra ood <<<"${OOD:-}"
+if [[ ${OOD:-} == *,* ]]; then IFS=, read -ra ood <<<"$OOD"; else read -ra ood <<<"${OOD:-}"; fi
 read -ra extra <<<"${EXTRA:-}"
 options=(--runs "$runs" --root "${ROOT:-data}" --seeds "${seeds[@]}")
 [[ -z ${ID:-} ]] || options+=(--id "$ID")
@@ -78,4 +81,6 @@ options=(--runs "$runs" --root "${ROOT:-data}" --seeds "${seeds[@]}")
 [[ ${#archs[@]} -eq 0 ]] || options+=(--archs "${archs[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
+if [[ -n $dry_run ]] && command -v "$python" >/dev/null && "$python" -c 'import torch' 2>/dev/null
+then "$python" "$here/greg.py" table "$number" "${options[@]}" ${extra[@]+"${extra[@]}"} --dry-run; fi
 run "$python" "$here/greg.py" table "$number" "${options[@]}" ${extra[@]+"${extra[@]}"}

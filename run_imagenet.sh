@@ -14,18 +14,18 @@ usage: run_imagenet.sh [--dry-run]
 
 Environment variables and their defaults:
   IMAGENET   ROOT/imagenet   folder with train/WNID/*.JPEG and val/WNID/*.JPEG
-  CLASSES    the released code's ten; or a number, names with commas, or a file of them
+  CLASSES    the authors' ten; or a number, or names with commas
   GPUS       1               processes of torchrun; batches and candidates are shared among them
   PYTHON     a Python with torch; .venv is made beside this script if none is found
   ARCHS      densenet121
   METHODS    every training method of the table, such as "energy greg+"
   SEEDS      "0 1 2"
-  OOD        "inaturalist sun places textures"; or name=path, separated by blanks
+  OOD        "inaturalist sun places textures"; or name=path, separated by commas or else blanks
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
   WORKERS    4               decoding processes for each GPU
   DOWNLOAD   empty           1: fetch the OOD sets and torchvision's DenseNet-121 where absent
-  EXTRA      empty           further options of "greg.py table", such as "--amp --decode cuda"
+  EXTRA      empty           further options of "greg.py table", such as "--amp"
 
 examples:
   IMAGENET=/data/imagenet DOWNLOAD=1 EXTRA=--amp bash run_imagenet.sh
@@ -62,7 +62,7 @@ if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(fi
 read -ra archs <<<"${ARCHS:-}"
 read -ra methods <<<"${METHODS:-}"
 read -ra seeds <<<"${SEEDS:-0 1 2}"
-read -ra ood <<<"${OOD:-}"
+if [[ ${OOD:-} == *,* ]]; then IFS=, read -ra ood <<<"$OOD"; else read -ra ood <<<"${OOD:-}"; fi
 read -ra extra <<<"${EXTRA:-}"
 launch=("$python")
 [[ $gpus == 1 ]] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
@@ -73,5 +73,8 @@ options=(--runs "${RUNS:-runs}" --root "$root" --seeds "${seeds[@]}" --workers "
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
 command=("${launch[@]}" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"})
-printf '+ %s\n' "${command[*]}"
+printf '+%s\n' "$(printf ' %q' "${command[@]}")"
+# glibc returns large blocks to the system as soon as they are free, and every step on a CPU waits for
+# fresh pages. Both variables are needed for it to keep them.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_--1}
 [[ -n $dry_run ]] || "${command[@]}"
