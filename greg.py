@@ -2290,11 +2290,9 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     """Check, show and return the mean TERMS of the epoch so far; save and stop where it is time."""
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
     if bad := [name for name, v in means.items() if not math.isfinite(v)]:
-        where = (
-            f"{(bad[1:] or bad)[0]} term is not finite at epoch {run.epoch + 1}, step {run.step}"
-        )
-        why = "--lr or --lambda-grad too large, or other --stats than the start's?"
-        raise FloatingPointError(f"the {where}: {why} What was saved is in {run.folder}")
+        where = f"not finite at epoch {run.epoch + 1}, step {run.step}: --lr or --lambda-grad too"
+        why = f"{where} large, or other --stats than the start's? What was saved is in {run.folder}"
+        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {why}")
     progress.update(run.step - progress.n)
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some))
@@ -2302,6 +2300,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
     if stop:  # all processes, though the signal may have met one
+        progress.close()
         number = run.stopped_by or int(signal.SIGTERM)
         what = f"stopped by signal {number} and saved in {run.folder}"
         say(f"greg: {what}; the same command goes on from here", sys.stderr)
@@ -2961,6 +2960,8 @@ def command_eval(args: argparse.Namespace) -> None:
     if not source or (args.run and args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
     state = stored(source)
+    if args.run and not state:
+        raise ValueError(f"{source} is no run of greg.py train; a weights file goes with --weights")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
     for key in {"arch", "stats"} & {*given} if state else ():
         if given[key] != getattr(c, key):
