@@ -294,10 +294,10 @@ def greg_loss(
 
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
     as they are, first in a tuple, or as "logits" in a mapping. On another method (Table 4):
-    aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID, that of S.
-    Raises ValueError for m_in >= m_aux, a side without samples, and where PyTorch would lose second
-    derivatives without a word. Where attention is checkpointed, that is computed again in backward,
-    call backward() under the same `sdpa_kernel`.
+    aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
+    its own, that of S. Raises ValueError for m_in >= m_aux, a side without samples, and where
+    PyTorch would lose second derivatives without a word. Where attention is checkpointed, so that
+    backward() computes it again, call that under `sdpa_kernel(SDPBackend.MATH)` too.
     """
     if aux_loss is None and not m_in < m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -1113,7 +1113,7 @@ def world() -> tuple[int, int]:
 def say(text: str, to: Any = None) -> None:
     """Print, by the first process alone; remarks go to=sys.stderr."""
     if world()[0] == 0:
-        print(text.rstrip("\n"), file=to, flush=True)
+        print(str(text).rstrip("\n"), file=to, flush=True)
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
@@ -1423,6 +1423,10 @@ def published(name: str, root: str | Path, download: bool) -> Any:
             fetch(url, str(root), filename=file, md5=None if md5 == "-" else md5)
         if not path.exists():
             raise OSError(f"no {path}, of {url}")
+        if path.is_file():
+            code = hashlib.new("sha256" if md5 == "-" else "md5", path.read_bytes()).hexdigest()
+            if not code.startswith(path.stem[-8:] if md5 == "-" else md5):
+                raise OSError(f"{path} is damaged or another file: delete it")
         return path
 
     try:
@@ -1744,7 +1748,8 @@ def resolve(c: Config) -> Config:
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    fill["aux"] = (builtin if c.aux in ("", "imagenet") else c.aux) if least else ""
+    own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
+    fill["aux"] = (own or builtin) if least else ""
     saved = stored(init) if init not in ("", "torchvision") else {}
     theirs = saved.get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
@@ -2148,6 +2153,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         m_in, m_aux = round(m_in, 2), round(max(m_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         say(f"greg: {folder}: --m-in {m_in} --m-aux {m_aux}", sys.stderr)
+        log(run, {"epoch": 0})  # once more, with these
     if world()[0] == 0:
         content = json.dumps(asdict(run.config) | environment(), indent=1)
         write_atomically(folder / "config.json", content)
@@ -2411,7 +2417,9 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     train_set, test_set = load_id(c.id, c.root, c.download, c.size)
     paper = IMAGENET_OOD if c.id.partition(":")[0] == "imagenet" else PAPER_OOD
     specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
-    ood, _ = load_ood(specs, c.root, c.download, train_set.x.shape[1])
+    ood, absent_sets = load_ood(specs, c.root, c.download, train_set.x.shape[1])
+    if absent_sets:
+        say(f"greg: OOD sets that are not there: {', '.join(absent_sets)}", sys.stderr)
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2512,8 +2520,8 @@ def mean_std(values: Sequence[float]) -> str:
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
     """FPR95 / AUROC on each OOD set and their mean, ID accuracy and ‖∇S‖, a row a method.
 
-    A table for each ID data and choice of OOD sets. Runs that differ in the seed alone are one row;
-    where a method has several rows, they say in which options they differ.
+    A table for each ID data and choice of OOD sets. Runs that differ in seed and start alone are
+    one row, the last of a seed; where a method has several rows, they say in what they differ.
     """
     text, tables = "", {}
     for r in results:
@@ -2717,7 +2725,8 @@ def certify_report(
 
     def certified(x, eps):
         slope = lipschitz_local(net, x, eps).clamp(max=lipschitz) if local else lipschitz
-        return score(x).double() - eps * slope * (1 + 1e-9)  # rounded outwards
+        with torch.no_grad():
+            return energy_score(exact(x.double())) - eps * slope * (1 + 1e-9)  # rounded outwards
 
     def smoothed(x):
         return noisy_scores(score, x, sigma, n, g)
@@ -2725,7 +2734,7 @@ def certify_report(
     def metrics(s, s_in):
         return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
 
-    kinds, lipschitz = {"attacked": attacked}, None
+    kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
     with contextlib.suppress(NotImplementedError):
         lipschitz = lipschitz_global(net, x_in.shape[1:])
         over(certified, x_in[:1], 0.0)  # the local bound knows fewer layers
@@ -2873,7 +2882,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
         for side, (x, colour) in sides.items():
             result[f"‖∇S‖ {side}"] = input_gradients(net, x).mean().item()
             x = x[(x.abs() < 2).all(1)][:points]
-            radii, sizes = certify(net, x, gamma), torch.logspace(-1.3, 0.5, 20).tolist()
+            radii, sizes = certify(net, x, gamma), torch.logspace(-2, 0.55, 120).tolist()
             distance = torch.stack([attack(net, x, gamma, eps).distance for eps in sizes]).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
             ratios = {f"attack / radius, {k}": distance / r for k, r in radii.items()}
@@ -2939,8 +2948,11 @@ def command_demo(args: argparse.Namespace) -> None:
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "mean FPR95", "AUROC", "‖∇S‖ ID", "FPR95 attacked, ℓ2 0.25"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    say(f"In %, over six OOD families; seeds {', '.join(map(str, args.seeds))}. Outlier exposure")
-    say("(energy) lowers FPR95; the gradient term (greg) makes S flatter, which pays under attack.")
+    what = f"over six OOD families; seeds {', '.join(map(str, args.seeds))}"
+    say(f"All but ‖∇S‖ in %, {what}. What to look at: outlier exposure")
+    say(
+        "(energy) is to lower FPR95; the gradient term (greg) ‖∇S‖, and with it FPR95 under attack."
+    )
     folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
@@ -3095,7 +3107,8 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "demo": (command_demo, "--runs --seeds", ""),
     "train": (command_train, "--runs --out", "*"),
     "eval": (
-        command_eval, "[run] --weights --scores --out", "ood root download id arch stats n_train"
+        command_eval, "[run] --weights --scores --out",
+        "ood root download id arch stats size n_train",
     ),
     "predict": (command_predict, "run images", ""),
     "table": (
