@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the paper, on torch alone; 7-9 run it.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the paper, on torch alone (and SciPy
+in one function); 7-9 run it.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -1839,7 +1840,8 @@ def saved_config(saved: dict[str, Any]) -> Config:
     """The configuration of a run, which may be older than some of the options."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     if known.get("arch") not in ARCHS or known.get("method") not in METHODS:
-        raise ValueError(f"a run of {known.get('arch')}, {known.get('method')}: in ARCHS, METHODS?")
+        what = f"network {known.get('arch')} and method {known.get('method')}"
+        raise ValueError(f"a run of {what}, one of which is not in ARCHS or METHODS here")
     return Config(**known)
 
 
@@ -2617,9 +2619,9 @@ def paper_table(
     number: int, results: Sequence[dict], id_data: str = "", archs: Sequence = (), table=markdown
 ) -> str:
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
-    columns, lines, notes = table_columns(number, id_data, archs), [], set()
+    columns, rows, notes = table_columns(number, id_data, archs), [], set()
     for label, method, score, *figures in PAPER[number]:
-        paper, line = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
+        paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
         for *wanted, key, metric in columns:
             values, theirs = [], paper.get((*wanted, key, metric))
             for r in results:
@@ -2630,14 +2632,14 @@ def paper_table(
                     what += f"{'fine-tuned' if c['init'] else 'from scratch'}, {c['epochs']} epochs"
                     sets = ", ".join([*r["gradient_norm"]][1:])
                     notes.add(f"- {method}: ID {c['id']} ({what}; OOD {sets}\n")
-            line.append(mean_std(values) if values else "not run")
-            line[-1] += f" ({theirs})" if theirs else ""
-        lines.append(line)
+            row.append(mean_std(values) if values else "not run")
+            row[-1] += f" ({theirs})" if theirs else ""
+        rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
-    missing = sum(cell.startswith("not run") for line in lines for cell in line)
+    missing = sum(cell.startswith("not run") for row in rows for cell in row)
     text = f"Ours in %, mean ± std over seeds (the paper's Table {number}); "
-    text += f"{missing} of {len(lines) * len(columns)} cells not run.\n"
-    return f"{table(header, lines)}\n{text}{''.join(sorted(notes))}"
+    text += f"{missing} of {len(rows) * len(columns)} cells not run.\n"
+    return f"{table(header, rows)}\n{text}{''.join(sorted(notes))}"
 
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
