@@ -1148,6 +1148,7 @@ _ID = tuple(o + s for o in ("", "outlined ") for s in "disc triangle square star
 _OOD = ("crescents", "spirals", "strokes", "rays", "cells", "shards")
 _AUX = ("lobes", "curves", "fields", "waves", "unions")
 SYNTHETIC = {"train": _ID, "test": _ID, "aux": _AUX} | {k: (k,) for k in _OOD}
+_zoom = functools.partial(F.interpolate, size=32, mode="bicubic")
 
 
 def _distance(family, z, draw):
@@ -1160,15 +1161,15 @@ def _distance(family, z, draw):
         return r * ((a % (2 * pi / n) - pi / n).abs() - b).cos() - math.cos(b)
     if family == "cross":
         return torch.maximum(torch.maximum(x, y) - 0.95, torch.minimum(x, y) - 0.3)
+    if family == "crescents":
+        return torch.maximum(r - 0.85, 0.85 - (z + draw(0.35, 0.8)).abs())
     if family == "lobes":  # a superformula: from 6 lobes on, as no ID class has
         m, n = draw(6, 13).floor(), draw(1, 4)
         waves = torch.stack([(m * a / 4).cos(), (m * a / 4).sin()]) * 2**0.5
         return r - waves.abs().pow(2 + n * draw(1, 3)).mean(0).pow(-1 / n)
     if family in ("fields", "curves"):  # random and odd: no zero line of it is one closed figure
-        grids = ((draw(0, 1), draw(-1, 1, k * k).view(-1, 1, k, k)) for k in (4, 9))
-        f = sum(c * F.interpolate(v, (32, 32), mode="bicubic")[:, 0] for c, v in grids)
-        f = f - f.flip(1, 2)
-        f = f / f.std((1, 2), keepdim=True) / 5
+        f = sum(draw(0, 1) * _zoom(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
+        f = (f := f - f.flip(1, 2)) / f.std((1, 2), keepdim=True) / 5
         return f if family == "fields" else torch.maximum(f.abs() - 0.04, r - draw(0.8, 1.5))
     if family == "waves":
         rate, turn = draw(2, 9, 3), torch.exp(1j * draw(0, 2 * pi, 3))
@@ -1182,28 +1183,22 @@ def _distance(family, z, draw):
         pitch = draw(0.6, 0.9)
         return torch.maximum((((r / pitch - a / (2 * pi)) % 1 - 0.5).abs() - 0.15) * pitch, r - 1)
     if family == "strokes":
-        start, end = torch.complex(draw(-1, 1, 8), draw(-1, 1, 8)).chunk(2, 1)
-        t = ((Z - start) / (end - start)).real.clamp(0, 1)
-        return (Z - start - t * (end - start)).abs().amin(1) - 0.12
+        at, to = torch.complex(draw(-1, 1, 8), draw(-1, 1, 8)).chunk(2, 1)
+        return (Z - at - ((Z - at) / (to - at)).real.clamp(0, 1) * (to - at)).abs().amin(1) - 0.12
     if family == "cells":
         d = (Z - torch.complex(draw(-1, 1, 6), draw(-1, 1, 6))).abs().sort(1).values
         return torch.maximum(d[:, 1] - d[:, 0] - 0.12, r - 1)
     if family == "shards":  # three lines; the sign changes across each
         d = (Z * torch.exp(1j * draw(0, 2 * pi, 3))).real - draw(-0.6, 0.6, 3)
         return d.abs().amin(1) * d.sign().prod(1)
-    if family == "rays":
-        return torch.sin(a * (n := draw(3, 7).floor())) * r / n
-    bite = 0.85 - (z + draw(0.35, 0.8)).abs() if family == "crescents" else r - 9
-    return torch.maximum(r - 0.85, bite)
+    return torch.sin(a * (n := draw(3, 7).floor())) * r / n if family == "rays" else r - 0.85
 
 
 def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
     """n images 32×32 of the built-in benchmark, fixed by the arguments; ValueError for no split."""
     n = {"train": 5000, "test": 2000, "aux": 10000}.get(split, 1000) if n is None else n
     if split not in SYNTHETIC or n < 1:
-        raise ValueError(
-            f"{n} images of {split!r}: synthetic has 1 or more of {', '.join(SYNTHETIC)}"
-        )
+        raise ValueError(f"{n} of {split!r}: synthetic has 1 or more of {', '.join(SYNTHETIC)}")
     g = torch.Generator().manual_seed(seed * len(SYNTHETIC) + list(SYNTHETIC).index(split))
     families, t = SYNTHETIC[split], (torch.arange(32) + 0.5) / 16 - 1
     y, x = torch.randperm(n, generator=g) % len(families), torch.empty(n, 32, 32, 3).byte()
@@ -1216,8 +1211,7 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
         front = (back + draw(0.25, 0.75, 3)) % 1  # never too like the background
         z = (t + 1j * t[:, None] - at) / torch.polar(size, draw(0, 2 * math.pi))
         inside = (0.5 - 16 * size * _distance(family, z, draw)).clamp(0, 1)  # 16 pixels a unit
-        grain = torch.randn(len(z), 6, 8, 8, generator=g) * draw(0, 0.1, 6)
-        grain = F.interpolate(grain, (32, 32), mode="bilinear")
+        grain = _zoom(torch.randn(len(z), 6, 8, 8, generator=g) * draw(0, 0.1, 6), mode="bilinear")
         image = torch.lerp(back + grain[:, :3], front + grain[:, 3:], inside[:, None])
         image += torch.randn(image.shape, generator=g) * draw(0, 0.05, 1)
         x[y == k] = (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
@@ -1225,8 +1219,6 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
 
 
 # ---- Files: one function that opens images, one that reads arrays, one that checks a set.
-
-
 def open_image(path: str | Path) -> Any:
     """An image file as RGB, as a viewer shows it: upright, on white; ValueError if it is none."""
     from PIL import Image, ImageOps
@@ -1251,10 +1243,8 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
-    """An image file, its short side resized to `size`, centre crop: [1,size,size,3] uint8.
-
-    For size >= 128 to size · 256 / 224, as usual on ImageNet. ValueError if smaller than the crop.
-    """
+    """An image file, its short side resized to `size` (from 128 on to size · 256 / 224, as usual
+    on ImageNet), centre crop: [1,size,size,3] uint8. ValueError if smaller than the crop."""
     from torchvision.transforms import functional as T
 
     image = open_image(path)
@@ -1271,16 +1261,17 @@ def image_files(folder: str | Path) -> list[str]:
     """All images below a folder, in a fixed random order: the first N stand for them all."""
     from PIL import Image
 
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    kinds = Image.registered_extensions()
     remark, seen, paths = functools.partial(say, to=sys.stderr), {os.path.realpath(folder)}, []
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         real = {f: os.path.realpath(Path(at, f)) for f in sorted(folders)}
         folders[:] = [f for f in real if f[0] != "." and f != "__MACOSX" and real[f] not in seen]
         seen.update(real[f] for f in folders)  # links can go in circles
         paths += [Path(at, n) for n in names if n[0] != "."]
-    files = [str(p) for p in sorted(paths) if p.suffix.lower() in suffixes]
-    if left_out := [str(p) for p in sorted(paths) if p.suffix.lower() not in suffixes]:
-        remark(f"greg: of {folder}, left out {len(left_out)} that are no images: {left_out[0]} …")
+    files = [str(p) for p in sorted(paths) if kinds.get(p.suffix.lower()) in Image.OPEN]
+    if len(files) < len(paths):
+        other = min(set(paths).difference(map(Path, files)))
+        remark(f"greg: {folder}: left out {len(paths) - len(files)} that are no images: {other} …")
     if not files:
         raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
@@ -1300,8 +1291,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {path}, and no data set of that name")
+    arrays = {}
     try:
-        loaded, arrays = np.load(path, mmap_mode="c", allow_pickle=False), {}  # pickles run code
+        loaded = np.load(path, mmap_mode="c", allow_pickle=False)  # pickles run code
         loaded = {"x": loaded} if isinstance(loaded, np.ndarray) else loaded
         for name in loaded:
             with contextlib.suppress(ValueError, TypeError):  # objects or text beside the numbers
@@ -1311,8 +1303,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
             raise
         arrays = {}
     if not arrays:
-        how = "give uint8 [N,H,W,3] in an .npy or .npz, or a folder of images"
-        raise ValueError(f"{path} has no array of numbers that NumPy reads without pickle: {how}")
+        raise ValueError(f"{path}: no array of numbers; give uint8 [N,H,W,3] in an .npy or .npz")
     return arrays
 
 
@@ -1323,29 +1314,25 @@ def check_set(images: Images, size: int, what: str) -> Images:
         raise ValueError(f"{what} must be uint8 [N,{size},{size},3], got {x.dtype} {list(x.shape)}")
     if y is None:
         return images
-    odd = sorted(set(y.flatten().tolist()) ^ set(range(K)))[:9]
-    if y.shape != (len(x),) or y.is_floating_point() or odd:
-        got = f"{y.dtype} {list(y.shape)}; missing or beyond: {odd}"
-        raise ValueError(f"{what} needs {len(x)} integer labels, all of 0..{K - 1}, got {got}")
+    if y.shape != (len(x),) or y.is_floating_point():
+        raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
+    if odd := sorted(set(y.tolist()) ^ set(range(K)))[:9]:
+        raise ValueError(f"{what} needs labels, all of 0..{K - 1}; missing or beyond: {odd}")
     images, order = images._replace(y=y.long()), torch.Generator().manual_seed(0)
     in_order = (images.y.diff() >= 0).all()  # then the first N would not stand for them all
     return images.take(torch.randperm(len(y), generator=order)) if in_order else images
 
 
 class Files(torch.utils.data.Dataset):
-    """Images that stay files, for sets beyond memory: a lazy uint8 [N,size,size,3].
-
-    x[i], of a slice or indices, is another such set; x[i, seed] a random crop and flip [1,s,s,3], a
-    function of the seed, or the error met: a worker's own would reach the user as a stack trace.
-    """
+    """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set; x[i, seed] a random
+    crop and flip [1,s,s,3], or the error met: a worker's would reach the user as a stack trace."""
 
     device, dtype = torch.device("cpu"), torch.uint8
 
     def __init__(self, files: Any, size: int):
         import numpy as np
 
-        # One array, not a million objects, whose reference counts would copy it to every worker.
-        self.files = np.array([os.fsencode(f) for f in files])
+        self.files = np.array([os.fsencode(f) for f in files])  # objects: a copy in every worker
         self.shape = (len(files), size, size, 3)
 
     def __len__(self) -> int:
@@ -1377,9 +1364,9 @@ def class_folders(folder: Path) -> list[str]:
 
 def class_images(folder: Path, names: Sequence[str], size: int, name: str) -> Images:
     """The labelled images of the named class folders below a folder, as files."""
-    files = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
-    y = torch.tensor([y for _, y in files])
-    return Images(Files([f for f, _ in files], size), y, name, tuple(names))
+    found = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
+    files, y = zip(*found, strict=True)
+    return Images(Files(files, size), torch.tensor(y), name, tuple(names))
 
 
 # ---- Published sets: name, address, md5, what it becomes below the root, number of images.
@@ -1404,18 +1391,17 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 
 def published(name: str, root: str | Path, download: bool) -> Any:
-    """A published set's path, or torchvision's train and test sets of CIFAR, its test set of SVHN.
-
-    Fetched only if asked, by the first process, md5 checked. FileNotFoundError if not there whole.
-    """
+    """A published set's path, or torchvision's train and test sets of CIFAR, test set of SVHN; the
+    first process fetches it, only if asked, md5 checked. FileNotFoundError if not there whole."""
     from torchvision import datasets
 
     def get(download):
-        if name == "svhn":
-            return datasets.SVHN(str(root), "test", download=download)
-        if name.startswith("cifar"):
-            kind = getattr(datasets, name.upper())
-            return [kind(str(root), train, download=download) for train in (True, False)]
+        if name not in SOURCES:
+            kind, parts = (
+                getattr(datasets, name.upper()),
+                ["test"] if name == "svhn" else [True, False],
+            )
+            return [kind(str(root), part, download=download) for part in parts]
         url, md5, target, _ = SOURCES[name]
         path, file = Path(root, target), url.partition("?")[0].rpartition("/")[2]
         if download and not path.exists():
@@ -1437,16 +1423,12 @@ def published(name: str, root: str | Path, download: bool) -> Any:
             torch.distributed.barrier()
         return get(False)
     except (OSError, RuntimeError) as e:
-        how = "run with --download, also to unpack what you fetched there, or give your own data"
-        raise FileNotFoundError(f"{name} is not whole below {root} ({e}): {how}") from None
+        raise FileNotFoundError(f"{name} is not whole below {root}: {e}; try --download") from None
 
 
 def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
-    """ImageNet's "train" or "val" images of the ID classes, or "aux": training images of the rest.
-
-    root/train/WNID/*.JPEG and root/val/WNID/*.JPEG stay files. ID classes: the authors' ten (""),
-    the first N of their permutation, or names with commas; ValueError for those not there.
-    """
+    """The files root/train|val/WNID/*.JPEG of ImageNet's ID classes, or "aux": train, of the rest.
+    ID classes: the authors' ten (""), the first N of their permutation, or names with commas."""
     import numpy as np
 
     known, ten = class_folders(root / "train"), "n02396427,n04141975,n02834397,n02111277,n03534580"
@@ -1454,8 +1436,8 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     if classes.isdigit():
         rank = np.random.RandomState(1993).permutation(len(known))  # those of the lowest ranks
         names = [known[i] for i in rank.argsort()[: int(classes)]]
-    if set(names) - set(known) or not 2 <= len(set(names)) == len(names) < len(known):
-        odd = sorted(set(names) - set(known))[:3]
+    odd = sorted(set(names) - set(known))[:3]
+    if odd or not 2 <= len(set(names)) == len(names) < len(known):
         raise ValueError(f"imagenet:NUMBER or :NAME,NAME is two to all but one; {root} lacks {odd}")
     if part == "aux":
         rest = [name for name in known if name not in names]
@@ -1463,18 +1445,16 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     return class_images(root / part, names, size, "imagenet")
 
 
-def load_id(
-    name: str, root: Any = "data", download: bool = False, size: int = 32
-) -> tuple[Images, Images]:
-    """Training and test images: cifar10, cifar100, synthetic, imagenet or imagenet:CLASSES (see
-    `load_imagenet`); an .npz with x_train, y_train, x_test, y_test; or a folder of train|test/CLASS
-    folders, whose files become size×size. FileNotFoundError for what is not there."""
+def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
+    """Training and test `Images`: cifar10, cifar100, synthetic, imagenet or imagenet:CLASSES; an
+    .npz with x_train, y_train, x_test, y_test; or a folder of train|test/CLASS folders, size×size.
+    """
     (kind, _, classes), path = name.partition(":"), Path(name).expanduser()
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
     if kind == "imagenet":
-        where = Path(root, "imagenet")
-        sets = [load_imagenet(part, where, classes, size) for part in ("train", "val")]
+        at = Path(root, "imagenet")
+        sets = [load_imagenet(part, at, classes, size) for part in ("train", "val")]
     elif name in ("cifar10", "cifar100"):
         both, tensor = published(name, root, download), torch.tensor
         sets = [Images(tensor(s.data), tensor(s.targets), name, tuple(s.classes)) for s in both]
@@ -1483,8 +1463,7 @@ def load_id(
         if odd := sorted(set(names) ^ set(others))[:9]:
             raise ValueError(f"{path}/train and test need the same class folders; one lacks {odd}")
         say(f"greg: the images of {path} become {size}×{size} (--size)", sys.stderr)
-        parts = path / "train", path / "test"
-        sets = [class_images(part, names, size, path_stem(name)) for part in parts]
+        sets = [class_images(path / p, names, size, path_stem(name)) for p in ("train", "test")]
     else:
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
         if missing := [k for k in keys if k not in arrays]:
@@ -1509,7 +1488,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     if not path and name in _OOD:
         return synthetic(name)
     if not path and name == "svhn":
-        x = torch.from_numpy(published(name, root, download).data).permute(0, 2, 3, 1)
+        x = torch.from_numpy(published(name, root, download)[0].data).permute(0, 2, 3, 1)
         return Images(x.contiguous(), None, name)
     if not path and name not in SOURCES:
         known = ", ".join(sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD}))
@@ -1519,10 +1498,9 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         files = image_files(where)
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
-        # Of Places365 always the same 10,000, as many as the paper has. LSUN-C's images are larger
-        # (36×36 in ODIN's file) and cropped, not resized.
-        files = files if path else files[:10000]
-        return Images(decode(files, size, bool(path) or name != "lsun_c"), None, name)
+        # Of Places365 always the same 10,000, as in the paper; LSUN-C's 36×36 are cropped.
+        x = decode(files if path else files[:10000], size, bool(path) or name != "lsun_c")
+        return Images(x, None, name)
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
@@ -1547,14 +1525,9 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     return check_set(images, size, f"--aux {name}")
 
 
-def load_ood(
-    specs: Sequence[str], root: Any = "data", download: bool = False, size: int = 32
-) -> tuple[dict[str, Images], list[str]]:
-    """OOD test sets by name, and the names that "available" did not find.
-
-    A spec is one of PAPER_OOD or IMAGENET_OOD, "available" (those of PAPER_OOD that are there),
-    "synthetic" (all families) or NAME=PATH (see `unlabelled`). FileNotFoundError for an absent set.
-    """
+def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> tuple:
+    """OOD test sets by name, and the names that "available" (those of PAPER_OOD there) left out. A
+    spec is also one of PAPER_OOD or IMAGENET_OOD, "synthetic" (all families) or NAME=PATH."""
     sets, left_out, groups = {}, [], {"synthetic": _OOD, "available": PAPER_OOD}
     for item, spec in ((v, k) for k in specs for v in groups.get(k, [k])):
         name, _, path = item.partition("=")
@@ -1598,11 +1571,6 @@ class Method(NamedTuple):
     prepare: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None  # before the forward pass
 
 
-def no_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-    """The auxiliary loss of plain cross-entropy: zero."""
-    return f_in.new_zeros(())
-
-
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """NTOM's outliers of the epoch, mined from 400,000 auxiliary images, a quarter at most."""
     p_absent = absent(embed_images(run, run.aux_set, order := order[:400_000])[0])
@@ -1610,11 +1578,9 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """POEM's outliers of the epoch: of 400,000 the n nearest to a boundary drawn at random.
-
-    The regression is on the ID images (target -3), once for each epoch remembered, and on the
-    outliers of the last four epochs (target 3), whose features are computed anew.
-    """
+    """POEM's outliers of the epoch: of 400,000 the n nearest to a boundary drawn at random."""
+    # It is regressed on the ID images (target -3), once for each epoch remembered, and on the
+    # outliers of the last four epochs (target 3), by the features of now.
     order, buffer = order[:400_000], run.memory.get("buffer", order[:0])
     n, d = min(n, len(order)), run.net.fc.in_features
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
@@ -1633,8 +1599,8 @@ def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 def mix(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tensor, dict]:
     """OpenMix's images lam x_in + (1 - lam) x_aux, with lam ~ Beta(10, 10) once a step."""
-    uniform = torch.rand(19, generator=generator, device=x_in.device)
-    lam = uniform.sort().values[9]  # the tenth smallest of 19 is distributed so
+    # The tenth smallest of 19 uniform numbers is distributed so.
+    lam = torch.rand(19, generator=generator, device=x_in.device).sort().values[9]
     return lam * x_in + (1 - lam) * x_aux, {"lam": lam}
 
 
@@ -1642,18 +1608,18 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     """Balanced energy's class prior: the classes that the network at the start gives outliers."""
     c, K = run.config, run.net.fc.out_features
     if "prior" not in run.memory:
-        logits, _ = embed_images(run, run.aux_set)
-        run.memory["prior"] = torch.bincount(logits.argmax(1), minlength=K) / len(logits)
-    # The authors' alpha and gamma are K and 1 / (2 K) for CIFAR-10 and CIFAR-100.
-    more = {"alpha": K, "gamma": 0.5 / K, "m_in": c.m_in, "m_aux": c.m_aux}
-    return x_aux, {"prior": run.memory["prior"].to(x_aux.device)} | more
+        classes = embed_images(run, run.aux_set)[0].argmax(1)
+        run.memory["prior"] = torch.bincount(classes, minlength=K) / len(classes)
+    prior = run.memory["prior"].to(x_aux.device)  # and the authors' alpha, gamma for both CIFARs
+    margins = {"m_in": c.m_in, "m_aux": c.m_aux}
+    return x_aux, margins | {"prior": prior, "alpha": K, "gamma": 0.5 / K}
 
 
 ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda f, z, k, g: dos_sampling(z, absent(f), k, g))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
 METHODS = {
-    "ce": Method(no_loss, Sampler(0), recipe="pretrain"),
+    "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
     "energy": Method(energy_loss),
     "greg": Method(energy_loss, gradient=energy_score),
     "energy+sampling": Method(energy_loss, ENERGY_SAMPLING, recipe="greg+"),
@@ -1668,18 +1634,18 @@ METHODS = {
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# What a source leaves open: in "finetune" rate and decay are the energy authors' for the same
-# fine-tune; in "greg+" the decay, in both the batch, those of the paper's authors' code.
+# Section 6.1 gives epochs, schedule and the rates of "greg+"; "finetune" has the energy authors'
+# rate and decay; the other decay and both batches are of the paper's code, "pretrain" of the energy
+# and OE authors', the rest of NTOM's, POEM's, DOS's and OpenMix's (without Nesterov momentum).
 RECIPES = {
-    # Not described in the paper: the energy and OE authors' baseline.
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
-    # Section 6.1: 20 epochs, SGD, cosine; 50 epochs at 0.1 and 10 at 0.01.
     "finetune": {"epochs": 20, "lr": 0.001, "schedule": "cosine", "batch": 64, "wd": 5e-4},
     "greg+": {"epochs": 60, "lr": 0.1, "schedule": "5/6", "batch": 64, "wd": 1e-4},
-    # The authors' code of NTOM, POEM and DOS; that of OpenMix (which has no Nesterov momentum).
     "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
     "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
 }
+# Options that may differ when a run goes on.
+WHERE = ("ood", "root", "download", "workers", "candidate_chunk")
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -1719,15 +1685,12 @@ class Config:
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
-    # What makes no other run:
+    # WHERE, which makes no other run:
     ood: Sequence[str] = option((), "OOD sets: names, available, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
     workers: int = option(4, "processes that decode")
     candidate_chunk: int = option(512, "most candidates in one forward")
-
-
-WHERE = ("ood", "root", "download", "workers", "candidate_chunk")
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
@@ -1751,7 +1714,7 @@ def resolve(c: Config) -> Config:
     builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
     own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
     fill["aux"] = (own or builtin) if least else ""
-    saved = stored(init) if init not in ("", "torchvision") else {}
+    saved = {} if init in ("", "torchvision") else stored(init)
     theirs = saved.get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, **fill)
@@ -1798,8 +1761,6 @@ def rng(device: torch.device | str, *key: object) -> torch.Generator:
 
 
 # ---- What a run leaves in its folder.
-
-
 def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
     """Write so that `path` is never half-written; what was there may be kept, by another name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -1813,8 +1774,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
                 os.replace(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
-        what = f"{path} could not be written ({e.strerror or e})"
-        raise OSError(f"{what}; what was saved before is intact: make room and run again") from e
+        raise OSError(f"{path} could not be written ({e}): make room; the old is intact") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1840,8 +1800,7 @@ def saved_config(saved: dict[str, Any]) -> Config:
     """The configuration of a run, which may be older than some of the options."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     if known.get("arch") not in ARCHS or known.get("method") not in METHODS:
-        what = f"network {known.get('arch')} and method {known.get('method')}"
-        raise ValueError(f"a run of {what}, one of which is not in ARCHS or METHODS here")
+        raise ValueError(f"ARCHS or METHODS lack {known.get('arch')} or {known.get('method')}")
     return Config(**known)
 
 
@@ -1856,11 +1815,11 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], where: Any) -> None:
     """ValueError if what was stored with weights was learnt on other classes than these."""
-    if saved and list(saved["classes"]) != list(classes):
-        lost = [k for k in saved["classes"] if k not in classes]
-        new = [k for k in classes if k not in saved["classes"]]
-        what = f"not there now {lost[:5]}, new {new[:5]}" if lost or new else "another order"
-        raise ValueError(f"{where} was trained on other classes: {what}")
+    old, new = list(saved.get("classes", classes)), list(classes)
+    if old != new:
+        sides = [k for k in old if k not in new][:5], [k for k in new if k not in old][:5]
+        differ = "not there now {}, new {}".format(*sides) if any(sides) else "another order"
+        raise ValueError(f"{where} was trained on other classes: {differ}")
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -1901,14 +1860,11 @@ def alone(folder: Path) -> Iterator[None]:
             if world()[0] == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            text = f"another process trains in {folder}: wait, or choose another"
-            raise ValueError(text) from None
+            raise ValueError(f"another process trains in {folder}: wait or use another") from None
         yield
 
 
 # ---- The network.
-
-
 def build(c: Config, classes: Sequence[str]) -> Net:
     """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
     K, path = len(classes), Path(c.init).expanduser()
@@ -1946,13 +1902,8 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
 class _Mean(torch.autograd.Function):
     """The mean over all processes; its derivative is the same mean, to any order."""
 
-    @staticmethod
-    def forward(ctx, x):
-        return average(x.clone())
-
-    @staticmethod
-    def backward(ctx, g):
-        return _Mean.apply(g)
+    forward = staticmethod(lambda ctx, x: average(x.clone()))
+    backward = staticmethod(lambda ctx, g: _Mean.apply(g))
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -1973,24 +1924,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
 
 
-def synchronise(net: nn.Module) -> nn.Module:
-    """The same network, same weights, with `SyncBatchNorm2d` for every batch norm."""
-    for m in net.modules():
-        if type(m) is nn.BatchNorm2d:
-            m.__class__ = SyncBatchNorm2d
-    return net
-
-
 # ---- The same step, faster.
-
-
 class FastDoubleBackward(TorchFunctionMode):
     """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
 
-    What Eq. (3) costs beyond its arithmetic is the double backward of batch norm, which PyTorch
-    composes of some thirty passes, and that of convolutions, where it takes the weight's gradient
-    for a convolution with kernels as large as the image. Inside, create_graph=True gives the
-    gradient at images alone; outside, it is a RuntimeError.
+    PyTorch's double backward of batch norm is some thirty passes, and a convolution's has one with
+    kernels as large as the image. Inside, create_graph=True gives the gradient at images alone;
+    outside, it is a RuntimeError.
     """
 
     over = False
@@ -2096,7 +2036,6 @@ class _BatchNormBackward(torch.autograd.Function):
 
 
 # ---- The loop.
-
 SAVE_SECONDS = 600  # between saves within an epoch
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
@@ -2131,7 +2070,9 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     net = build(c, ids.classes).to(device)
-    net = synchronise(net) if c.sync_bn and ranks > 1 else net
+    for m in net.modules():
+        if c.sync_bn and ranks > 1 and type(m) is nn.BatchNorm2d:
+            m.__class__ = SyncBatchNorm2d
     net = net.to(memory_format=torch.channels_last) if c.channels_last else net
     sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
@@ -2151,8 +2092,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     if c.margins and aux:
         # The start's mean scores, as the energy authors advise; where the auxiliary one is not
         # higher by the paper's ratio of -25 to -7, that ratio.
-        m_in, m_aux = row["probe_s_in"], row["probe_s_aux"]
-        m_in, m_aux = round(m_in, 2), round(max(m_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
+        m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
+        m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         say(f"greg: {folder}: --m-in {m_in} --m-aux {m_aux}", sys.stderr)
         log(run, {"epoch": 0})  # once more, with these
@@ -2170,8 +2111,7 @@ def save(run: Run, **more: Any) -> None:
         state |= {"size": run.train_set.x.shape[1], "net": run.net.state_dict()}
         content = io.BytesIO()  # torch.save to a full disk would raise no OSError
         torch.save(state | {"optimizer": run.optimizer.state_dict()}, content)
-        path = run.folder / "checkpoint.pt"
-        write_atomically(path, content.getbuffer(), keep="checkpoint.prev.pt")
+        write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
 
@@ -2198,9 +2138,8 @@ def _leave_signals(worker):
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process.
 
-    Randomly cropped, flipped, normalised: a function of (seed, epoch, step, rank), which workers
-    and stops do not change. An epoch's images are cut into one part for each step and process,
-    which clusters its own; where a sampler picks, those of the whole set, a small one repeatedly.
+    A function of (seed, epoch, step, rank), which workers and stops do not change: the epoch's
+    images are cut into a part for each step and process; if a sampler picks, the whole aux set's.
     """
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
@@ -2211,19 +2150,17 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         return (order[torch.arange(ends[i], ends[i + 1]) % len(order)] for i in parts)
 
     def crops(kind, images, order, n):
-        key = c.seed, run.epoch, kind
+        key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
         if isinstance(images.x, Files):
-            pairs = zip(parts, cut(order, n), strict=True)
             keys = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"collate_fn": _together, "worker_init_fn": _leave_signals}
             load = torch.utils.data.DataLoader
             stream = load(images.x, batch_sampler=keys, num_workers=c.workers, **more)
         else:
-            stream = (images.x[at].to(run.device, non_blocking=True) for at in cut(order, n))
+            stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
             if isinstance(x, Exception):
                 raise x
-            x = x if isinstance(images.x, Files) else augment(x, rng("cpu", *key, i))
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
@@ -2298,9 +2235,9 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     """Check, show and return the mean TERMS of the epoch so far; save and stop where it is time."""
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
     if bad := [name for name, v in means.items() if not math.isfinite(v)]:
-        where = f"not finite at epoch {run.epoch + 1}, step {run.step}: --lr or --lambda-grad too"
-        why = f"{where} large, or other --stats than the start's? What was saved is in {run.folder}"
-        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {why}")
+        where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
+        why = "--lr or --lambda-grad is too large, or --stats not the start's"
+        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")
     progress.update(run.step - progress.n)
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some))
@@ -2310,8 +2247,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     if stop:  # all processes, though the signal may have met one
         progress.close()
         number = run.stopped_by or int(signal.SIGTERM)
-        what = f"stopped by signal {number} and saved in {run.folder}"
-        say(f"greg: {what}; the same command goes on from here", sys.stderr)
+        say(f"greg: signal {number}, saved {run.folder}: the command goes on from here", sys.stderr)
         raise SystemExit(128 + number)
     return means
 
@@ -2334,14 +2270,13 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     """Add Figure 3's figures, of 256 fixed images in eval mode, to the row, and it to log.jsonl."""
-    s = {}
-    for kind, images in {"in": run.train_set, "aux": run.aux_set}.items():
-        if images:
-            x = to_input(run, images.pixels(slice(256)))
-            logits = embed(run.net, x)[0]
-            s[kind] = energy_score(logits)
-            row[f"probe_s_{kind}"] = s[kind].mean().item()
-            row[f"probe_gradient_{kind}"] = input_gradients(run.net, x).mean().item()
+    s, sets = {}, [("in", run.train_set), ("aux", run.aux_set)]
+    for kind, images in sets[: 2 if run.aux_set else 1]:
+        x = to_input(run, images.pixels(slice(256)))
+        logits = embed(run.net, x)[0]
+        s[kind] = energy_score(logits)
+        row[f"probe_s_{kind}"] = s[kind].mean().item()
+        row[f"probe_gradient_{kind}"] = input_gradients(run.net, x).mean().item()
         if kind == "in":
             hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y[:256]
             row["probe_accuracy"] = hit.float().mean().item()
@@ -2372,13 +2307,11 @@ def chunk_of(size: int) -> int:
 
 
 def evaluate(
-    net: Net, train_set: Images, test_set: Images, ood: dict[str, Images], c: Config,
-    names: Sequence[str],
-) -> tuple[dict[str, Any], dict[str, Tensor]]:  # fmt: skip
-    """Section 6: ID accuracy, and for each score the metrics on each OOD set and their mean.
+    net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean.
 
-    Returns the results, with γ = the threshold of FPR95 for each score and the mean ‖∇S‖ over
-    1,000 images of each set (S of all outputs, K+1 included), and the raw scores by "score/set".
+    With the mean ‖∇S‖ of 1,000 images a set (S of all outputs); and raw scores by "score/set".
     """
     (mean, std), K, fit, raw, norms = STATS[c.stats], len(test_set.classes), None, {}, {}
 
@@ -2404,11 +2337,10 @@ def evaluate(
         if key == "id":
             accuracy = (classes == images.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
-        what = f"ID accuracy {accuracy:.1%} is chance: other --stats or labels than in training?"
-        say(f"greg: warning: {what}", sys.stderr)
+        say(f"greg: warning: ID accuracy {accuracy:.1%} is chance: other --stats?", sys.stderr)
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
+    keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
     for sets in metrics.values():
-        keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
         sets["mean"] = {k: statistics.fmean(m[k] for m in sets.values()) for k in keys}
     gamma = {name: threshold(raw[f"{name}/id"]) for name in names}
     return {"accuracy": accuracy, "gamma": gamma, "gradient_norm": norms, "metrics": metrics}, raw
@@ -2419,17 +2351,14 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     train_set, test_set = load_id(c.id, c.root, c.download, c.size)
     paper = IMAGENET_OOD if c.id.partition(":")[0] == "imagenet" else PAPER_OOD
     specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
-    ood, absent_sets = load_ood(specs, c.root, c.download, train_set.x.shape[1])
-    if absent_sets:
-        say(f"greg: OOD sets that are not there: {', '.join(absent_sets)}", sys.stderr)
+    ood, missing = load_ood(specs, c.root, c.download, train_set.x.shape[1])
+    if missing:
+        say(f"greg: OOD sets that are not there: {', '.join(missing)}", sys.stderr)
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Train `config` in `folder`, or go on from its checkpoint; evaluate, save -> the results.
-
-    A finished run is only read. ValueError for another run, or another process, in the folder.
-    """
+    """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     c, folder, device = resolve(config), Path(folder), torch.device(device)
     if done := read_results(folder):
         check_same(c, done["config"], folder)
@@ -2485,16 +2414,104 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged or not greg's: move it away") from None
 
 
+def load_run(source: Any, device: Any, finished: bool = True) -> tuple[Net, Config, dict[str, Any]]:
+    """A run's network in eval mode, configuration, checkpoint; ValueError for none (`finished`)."""
+    state = stored(source)
+    if not state or (finished and "gamma" not in state):
+        raise ValueError(f"{source} is no finished run of greg.py train, so it has no threshold")
+    config = saved_config(state["config"])
+    net = ARCHS[config.arch](len(state["net"]["fc.bias"]))
+    net.load_state_dict(state["net"])
+    return net.to(device).eval(), config, state
+
+
+def predict(folder: str | Path, paths: Sequence[Any], device: Any) -> list[dict[str, Any]]:
+    """Class, score, γ, decision (ID iff S <= γ; or the error) of image files and of folders'."""
+    net, config, state = load_run(folder, device)
+    gamma, name, rows, classes = state["gamma"], state["score"], [], state["classes"]
+    if name in NEED_FIT:
+        raise ValueError(f"{folder} is scored by {name}, which needs training images: greg.py eval")
+    paths = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [str(p)])]
+    for path in bar(paths, "predict"):
+        row = {"image": path, "class": "", "score": "", "gamma": gamma}
+        try:
+            x = normalise(load_image(path, state["size"]).to(device), *STATS[config.stats])
+            f, z = embed(net, x)
+            f = f[:, : len(classes)]
+            row |= {"class": classes[f.argmax()], "score": SCORES[name](net, x, f, z, None).item()}
+            rows.append(row | {"decision": "ID" if row["score"] <= gamma else "OOD"})
+        except (OSError, ValueError) as e:
+            rows.append(row | {"decision": f"error: {e}"})
+    return rows
+
+
+def certify_report(
+    net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor],
+    epsilons: Sequence[float] = (0.05, 0.1, 0.25, 0.5), sigma: float = 0.1, n: int = 500,
+    alpha: float = 0.001, local: bool = True, gamma: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
+
+    net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked" is by PGD,
+    "certified" by the global and, if `local`, local bound (left out without layer rules),
+    "smoothed" (left out for n = 0) of the detector of medians under noise with its own threshold,
+    certified with probability 1 - alpha an input. "id_rejected": ID inputs attacked above gamma.
+    """
+    if not all(map(len, (x_in, *x_out.values()))) or not all(eps > 0 for eps in epsilons):
+        raise ValueError("certificates need images of each set, and eps above 0")
+    g = rng(x_in.device, "certificates")
+
+    @torch.no_grad()
+    def score(x, net=net):
+        return energy_score(net(x))
+
+    def over(f, x, *args):
+        return torch.cat([f(part, *args) for part in bar(x.split(64), f.__name__)])
+
+    def attacked(x, eps, side=-math.inf):
+        return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
+
+    def certified(x, eps):
+        slope = lipschitz_local(net, x, eps).clamp(max=lipschitz) if local else lipschitz
+        return score(x.double(), exact) - eps * slope * (1 + 1e-9)  # rounded outwards
+
+    def smoothed(x):
+        return noisy_scores(score, x, sigma, n, g)
+
+    def metrics(s, s_in):
+        return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
+
+    kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
+    with contextlib.suppress(NotImplementedError):
+        lipschitz = lipschitz_global(net, x_in.shape[1:])
+        over(certified, x_in[:1], 0.0)  # the local bound knows fewer layers
+        kinds["certified"] = certified
+    s_in, smooth_in = over(score, x_in), over(smoothed, x_in).median(1).values if n else None
+    gamma = threshold(s_in) if gamma is None else gamma
+    rejected = {eps: over(attacked, x_in, eps, math.inf) > gamma for eps in epsilons}
+    rejected = {eps: v.double().mean().item() for eps, v in rejected.items()}
+    report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n}
+    report |= {"id_rejected": rejected, "sets": {}}
+    for name, x in x_out.items():
+        rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(over(score, x), s_in))}
+        rows |= {e: {k: metrics(over(f, x, e), s_in) for k, f in kinds.items()} for e in epsilons}
+        if n:
+            draws = over(smoothed, x)
+            rows[0.0]["smoothed"] = metrics(draws.median(1).values, smooth_in)
+            radius = smoothed_radius(draws, threshold(smooth_in), sigma, alpha)
+            for eps in epsilons:
+                rows[eps]["smoothed"] = {"fpr95": (radius <= eps).double().mean().item()}
+    return report
+
+
 # ---- Tables.
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
-    text = ""
-    for row in (header, ["---"] * len(header), *rows):
-        cells = (str(v).replace("|", "\\|").replace("\n", " ") for v in row)
-        text += f"| {' | '.join(cells)} |\n"
-    return text
+    rows = header, ["---"] * len(header), *rows
+    cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -2509,8 +2526,8 @@ def shown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
         if sum(len(c[0]) for c in (*blocks[-1], padded)) > shutil.get_terminal_size().columns:
             blocks.append(blocks[0][:1])
         blocks[-1].append(padded)
-    lines = ("".join(v).rstrip() for block in blocks for v in zip(*block, strict=True))
-    return text + "".join(line + "\n" for line in lines)
+    lines = (v for block in blocks for v in zip(*block, strict=True))
+    return text + "".join("".join(v).rstrip() + "\n" for v in lines)
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -2520,10 +2537,10 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
-    """FPR95 / AUROC on each OOD set and their mean, ID accuracy and ‖∇S‖, a row a method.
+    """A table for each ID data and choice of OOD sets, a row a method.
 
-    A table for each ID data and choice of OOD sets. Runs that differ in seed and start alone are
-    one row, the last of a seed; where a method has several rows, they say in what they differ.
+    Runs that differ in seed and start alone are one row, with the last run of each seed; where a
+    method has several rows, they say in what they differ.
     """
     text, tables = "", {}
     for r in results:
@@ -2533,8 +2550,8 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
         for score, sets in r["metrics"].items():
             name = c["method"] + ("" if score == r["score"] else f": {score}")
             rows = tables.setdefault((c["id"], *sets), {})
-            cells = ([m["fpr95"], m["auroc"]] for m in sets.values())
-            cells = [[r["accuracy"]], *cells, [g_in], [statistics.fmean(g_out)]]
+            pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
+            cells = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
             rows.setdefault((name, same), {})[c["seed"]] = cells
     for (data, *sets), rows in tables.items():
         lines = []
@@ -2544,14 +2561,13 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
             cells = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
             cells = (" / ".join(map(mean_std, cell)) for cell in cells)
             lines.append([", ".join(label), c["arch"], c["aux"] or "none", len(seeds), *cells])
-        header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
-        header += ["‖∇S‖ ID", "‖∇S‖ OOD"]
+        header = "method", "network", "auxiliary", "seeds", "ID accuracy", *sets
+        header += "‖∇S‖ ID", "‖∇S‖ OOD"
         text += f"{table(header, lines)}\nFPR95 / AUROC in %; ID data {data}.\n"
     return text
 
 
-# The paper's figures: "number |", then rows with "|" between: label, method, score, and the cells
-# in the order of COLUMNS.
+# The paper's tables: number, then rows "| label method score cells", the cells as in COLUMNS.
 _PAPER = """
 1 | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7 | ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
 | Energy_score ce energy 39.32 92.24 33.4 91.76 28.99 94.09
@@ -2609,9 +2625,8 @@ COLUMNS = {
 
 def table_columns(number: int, id_data: str = "", archs: Sequence[str] = ()) -> list[tuple]:
     """The columns of a table, on other ID data or other networks where these are given."""
-    columns = COLUMNS[number]
-    if archs:
-        columns = [(c[0], a, *c[2:]) for a in archs for c in columns if c[1] == columns[0][1]]
+    first = [c for c in COLUMNS[number] if c[1] == COLUMNS[number][0][1]]
+    columns = [(c[0], a, *c[2:]) for a in archs for c in first] or COLUMNS[number]
     return [(id_data or c[0], *c[1:]) for c in columns]
 
 
@@ -2628,12 +2643,12 @@ def paper_table(
                 c, cells = r["config"], r["metrics"].get(score, {}) | {"": r}
                 if [c["id"], c["arch"], c["method"]] == [*wanted, method] and key in cells:
                     values.append(cells[key][metric])
-                    what = f"{c['n_train'] or 'all'}), auxiliary {c['aux'] or 'none'}, "
-                    what += f"{'fine-tuned' if c['init'] else 'from scratch'}, {c['epochs']} epochs"
+                    note = f"- {method}: ID {c['id']} ({c['n_train'] or 'all'}), auxiliary "
+                    note += f"{c['aux'] or 'none'}, {'fine-tuned' if c['init'] else 'from scratch'}"
                     sets = ", ".join([*r["gradient_norm"]][1:])
-                    notes.add(f"- {method}: ID {c['id']} ({what}; OOD {sets}\n")
-            row.append(mean_std(values) if values else "not run")
-            row[-1] += f" ({theirs})" if theirs else ""
+                    notes.add(f"{note}, {c['epochs']} epochs; OOD {sets}\n")
+            ours = mean_std(values) if values else "not run"
+            row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
     missing = sum(cell.startswith("not run") for row in rows for cell in row)
@@ -2645,119 +2660,19 @@ def paper_table(
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
     given, methods = chosen(args), args.methods or [*{row[1]: 0 for row in PAPER[args.number]}]
-    columns = table_columns(args.number, given.get("id", ""), args.archs)
+    columns, runs = table_columns(args.number, given.get("id", ""), args.archs), {}
     pairs = dict.fromkeys(c[:2] for c in columns)
     if any(fine_tunes(method, data) for method in methods for data, _ in pairs):
         methods = ["ce", *(m for m in methods if m != "ce")]
-    of_gradient, runs = {"lambda_grad", "reduction", "grad_every"}, {}
     for (data, arch), seed, method in itertools.product(pairs, args.seeds, methods):
         run = given | {"id": data, "arch": arch, "seed": seed, "method": method, "init": ""}
         if fine_tunes(method, data):
             run["init"] = str(run_folder(args.runs, Config(**run | {"method": "ce"})))
-        if not METHODS[method].gradient:  # these mean nothing to it
-            run = {k: v for k, v in run.items() if k not in of_gradient}
+        if not METHODS[method].gradient:
+            for key in "lambda_grad", "reduction", "grad_every":  # these mean nothing to it
+                run.pop(key, None)
         runs[run_folder(args.runs, Config(**run))] = Config(**run)
     return runs
-
-
-# ---- A finished run at work.
-
-
-def load_run(source: Any, device: Any, finished: bool = True) -> tuple[Net, Config, dict[str, Any]]:
-    """A run's network in eval mode, configuration, checkpoint; ValueError for none (`finished`)."""
-    state = stored(source)
-    if not state or (finished and "gamma" not in state):
-        raise ValueError(f"{source} is no finished run of greg.py train, so it has no threshold")
-    config = saved_config(state["config"])
-    net = ARCHS[config.arch](len(state["net"]["fc.bias"]))
-    net.load_state_dict(state["net"])
-    return net.to(device).eval(), config, state
-
-
-def predict(folder: str | Path, paths: Sequence[Any], device: Any) -> list[dict[str, Any]]:
-    """Class, score S, threshold γ and ID/OOD decision (ID iff S <= γ) of each image file.
-
-    A folder is all its images. A file that cannot be read has the error as its decision.
-    """
-    net, config, state = load_run(folder, device)
-    gamma, name, rows, K = state["gamma"], state["score"], [], len(state["classes"])
-    if name in NEED_FIT:
-        raise ValueError(f"{folder} is scored by {name}, which needs training images: greg.py eval")
-    paths = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [str(p)])]
-    for path in bar(paths, "predict"):
-        row = {"image": path, "class": "", "score": "", "gamma": gamma}
-        try:
-            x = normalise(load_image(path, state["size"]).to(device), *STATS[config.stats])
-            f, z = embed(net, x)
-            s = SCORES[name](net, x, f[:, :K], z, None).item()
-            row |= {"class": state["classes"][int(f[0, :K].argmax())], "score": s}
-            rows.append(row | {"decision": "ID" if s <= gamma else "OOD"})
-        except (OSError, ValueError) as e:
-            rows.append(row | {"decision": f"error: {e}"})
-    return rows
-
-
-def certify_report(
-    net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor],
-    epsilons: Sequence[float] = (0.05, 0.1, 0.25, 0.5), sigma: float = 0.1, n: int = 500,
-    alpha: float = 0.001, local: bool = True, gamma: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
-
-    net: on [0,1] pixels (Normalize in front), eval mode; x_in [N,...] and x_out, name -> [M,...].
-    "attacked" is what PGD found, "certified" what no attack can do to S (global bound and, if
-    `local`, local; left out without layer rules). "smoothed" (left out for n = 0) is another
-    detector, of medians under noise, with its own threshold; at ε > 0 it is certified, each input
-    with probability 1 - alpha. "id_rejected": the share of ID inputs that the attack gets rejected
-    at gamma (default: of x_in). ValueError for an empty set or ε <= 0.
-    """
-    if not all(map(len, (x_in, *x_out.values()))) or not all(eps > 0 for eps in epsilons):
-        raise ValueError("certificates need images of each set, and eps above 0")
-    g = rng(x_in.device, "certificates")
-
-    def score(x):
-        with torch.no_grad():
-            return energy_score(net(x))
-
-    def over(f, x, *args):
-        return torch.cat([f(part, *args) for part in bar(x.split(64), f.__name__)])
-
-    def attacked(x, eps, side=-math.inf):
-        return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
-
-    def certified(x, eps):
-        slope = lipschitz_local(net, x, eps).clamp(max=lipschitz) if local else lipschitz
-        with torch.no_grad():
-            return energy_score(exact(x.double())) - eps * slope * (1 + 1e-9)  # rounded outwards
-
-    def smoothed(x):
-        return noisy_scores(score, x, sigma, n, g)
-
-    def metrics(s, s_in):
-        return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
-
-    kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
-    with contextlib.suppress(NotImplementedError):
-        lipschitz = lipschitz_global(net, x_in.shape[1:])
-        over(certified, x_in[:1], 0.0)  # the local bound knows fewer layers
-        kinds["certified"] = certified
-    s_in, smooth_in = over(score, x_in), over(smoothed, x_in).median(1).values if n else None
-    report = {"gamma": threshold(s_in) if gamma is None else gamma, "lipschitz_global": lipschitz}
-    report |= {"sigma": sigma, "n": n, "id_rejected": {}, "sets": {}}
-    for eps in epsilons:
-        rejected = over(attacked, x_in, eps, math.inf) > report["gamma"]
-        report["id_rejected"][eps] = rejected.double().mean().item()
-    for name, x in x_out.items():
-        rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(over(score, x), s_in))}
-        for eps in epsilons:
-            rows[eps] = {k: metrics(over(f, x, eps), s_in) for k, f in kinds.items()}
-        if n:
-            draws = over(smoothed, x)
-            rows[0.0]["smoothed"] = metrics(draws.median(1).values, smooth_in)
-            radius = smoothed_radius(draws, threshold(smooth_in), sigma, alpha)
-            for eps in epsilons:
-                rows[eps]["smoothed"] = {"fpr95": (radius <= eps).double().mean().item()}
-    return report
 
 
 # ---- Figures.
@@ -2794,14 +2709,14 @@ def figure_certificates(report: dict[str, Any], path: Path) -> None:
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
     """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's log.jsonl."""
-    keys = {"energy loss, Eq. (1)": "probe_energy", "mean ‖∇S‖ on ID images": "probe_gradient_in"}
-    logs = {str(f): [row for row in read_log(f) if "probe_energy" in row] for f in folders}
-    for folder in (f for f, rows in logs.items() if not rows):
-        raise ValueError(f"{folder} has no log.jsonl of a run with auxiliary data")
-    panels = {
-        title: {f: [(row["epoch"], row[key]) for row in rows] for f, rows in logs.items()}
-        for title, key in keys.items()
-    }
+    losses, norms = {}, {}
+    for folder in folders:
+        rows = [row for row in read_log(folder) if "probe_energy" in row]
+        if not rows:
+            raise ValueError(f"{folder} has no log.jsonl of a run with auxiliary data")
+        losses[str(folder)] = [(row["epoch"], row["probe_energy"]) for row in rows]
+        norms[str(folder)] = [(row["epoch"], row["probe_gradient_in"]) for row in rows]
+    panels = {"energy loss, Eq. (1)": losses, "mean ‖∇S‖ on ID images": norms}
     curves(panels, path, "epoch")
 
 
@@ -2863,8 +2778,8 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
 def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> dict[float, dict]:
     """Figure 1, left, as an experiment: S on the plane, γ, certified balls, attacks (dotted).
 
-    Draws `path`; returns, without and with the gradient term, FPR95, mean ‖∇S‖, and for either side
-    the median certified radius, attack distance, and their ratio for each bound: 1 would be exact.
+    Draws `path`; returns, for either λ_∇S, FPR95, γ, and of each side mean ‖∇S‖ and the medians of
+    certified radius, attack distance, and their ratio for each bound (1 would be exact).
     """
     from matplotlib.patches import Circle
 
@@ -2894,8 +2809,8 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
             for sizes, style in (best, "-"), (distance.nan_to_num(posinf=0.0), ":"):
                 for centre, r in zip(x[:8].tolist(), sizes.tolist()):  # noqa: B905
                     panel.add_patch(Circle(centre, r, fill=False, ls=style, ec=colour, lw=0.8))
-        what = "ID white, OOD black, γ red; certified solid, attacked dotted"
-        panel.set_title(f"$\\lambda_{{\\nabla S}}$ = {lambda_grad:g}: {what}", fontsize=7)
+        title = f"$\\lambda_{{\\nabla S}}$ = {lambda_grad:g}: ID white, OOD black, γ red; "
+        panel.set_title(title + "certified solid, attacked dotted", fontsize=7)
         panel.set(aspect="equal", xlim=(-2.2, 2.2), ylim=(-2.2, 2.2))
     figure.savefig(path, dpi=150)
     return results
@@ -2924,13 +2839,10 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
         raise ValueError(f"certificates are of the energy score; {folder} has {state['score']}")
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, folder)
-    pixels = (
-        v.pixels(slice(first)).to(device).permute(0, 3, 1, 2) for v in (test_set, *ood.values())
-    )
-    x_in, *x_out = (x.float() / 255 for x in pixels)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
-    x_out = dict(zip(ood, x_out, strict=True))
-    return certify_report(model, x_in, x_out, gamma=state["gamma"], **options)
+    sets = {key: images.pixels(slice(first)) for key, images in {"": test_set, **ood}.items()}
+    sets = {key: x.to(device).permute(0, 3, 1, 2).float() / 255 for key, x in sets.items()}
+    return certify_report(model, sets.pop(""), sets, gamma=state["gamma"], **options)
 
 
 def command_demo(args: argparse.Namespace) -> None:
@@ -2942,19 +2854,16 @@ def command_demo(args: argparse.Namespace) -> None:
         options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         c = Config(method, id="synthetic", arch="wrn10_1", batch=32, seed=seed, **options)
         r = train(c, folder, args.device)
-        more = {"epsilons": [0.25], "n": 0, "local": False}
-        sets = certify_run(folder, args.device, 100, {}, **more)["sets"].values()
-        hit = statistics.fmean(rows[0.25]["attacked"]["fpr95"] for rows in sets)
+        report = certify_run(folder, args.device, 100, {}, epsilons=[0.25], n=0, local=False)
+        hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
         mean, norm = r["metrics"]["energy"]["mean"], r["gradient_norm"]["id"] / 100
         row = r["accuracy"], mean["fpr95"], mean["auroc"], norm, hit
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "mean FPR95", "AUROC", "‖∇S‖ ID", "FPR95 attacked, ℓ2 0.25"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    what = f"over six OOD families; seeds {', '.join(map(str, args.seeds))}"
-    say(f"All but ‖∇S‖ in %, {what}. What to look at: outlier exposure")
-    say(
-        "(energy) is to lower FPR95; the gradient term (greg) ‖∇S‖, and with it FPR95 under attack."
-    )
+    s = ", ".join(map(str, args.seeds))
+    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {s}. What to look at: outlier exposure
+(energy) is to lower FPR95; the gradient term (greg) ‖∇S‖, and with it FPR95 under attack.""")
     folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
@@ -2984,8 +2893,7 @@ def command_eval(args: argparse.Namespace) -> None:
     names = [*dict.fromkeys(name.strip() for name in (args.scores or score).split(","))]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
+    (args.out or Path()).mkdir(parents=True, exist_ok=True)
     train_set, test_set, ood = load_sets(c)
     check_classes(state, test_set.classes, source)
     net = ARCHS[c.arch](K := len(test_set.classes))
@@ -3007,15 +2915,6 @@ def command_predict(args: argparse.Namespace) -> int:
     return 2 * any(row["decision"].startswith("error") for row in rows)
 
 
-def command_line(c: Config, folder: Path) -> str:
-    """The command that trains `c` in `folder`, to be pasted."""
-    words = ["python", sys.argv[0], "train", "--out", folder]
-    for f in fields(Config):
-        if (v := getattr(c, f.name)) != f.default:
-            words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
-    return shlex.join(str(word) for word in words if word is not True)
-
-
 def command_table(args: argparse.Namespace) -> None:
     """run what a table of the paper needs, and print it; or print all finished runs"""
     if args.number is None:
@@ -3024,15 +2923,21 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs = table_runs(args)
-    if args.dry_run:
-        return say("\n".join(command_line(c, folder) for folder, c in runs.items()))
     for i, (folder, c) in enumerate(runs.items(), 1):
-        if not args.read:
-            what = f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}"
-            say(f"greg: {what}", sys.stderr)
+        if args.dry_run:
+            words = ["python", sys.argv[0], "train", "--out", folder]
+            for f in fields(Config):
+                if (v := getattr(c, f.name)) != f.default:
+                    words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
+            say(shlex.join(str(word) for word in words if word is not True))
+        elif not args.read:
+            name = f"{c.method} {c.arch} seed {c.seed}: {folder}"
+            say(f"greg: run {i} of {len(runs)}: {name}", sys.stderr)
             train(c, folder, args.device)
         elif done := read_results(folder):
             check_same(resolve(c), done["config"], folder)
+    if args.dry_run:
+        return
     results = [r for r in map(read_results, runs) if r]
     ours = args.number, results, chosen(args).get("id", ""), args.archs
     say(paper_table(*ours, shown))
@@ -3076,20 +2981,16 @@ def command_figure(args: argparse.Namespace) -> None:
     say(str(out))
 
 
-def _path(text):
-    return Path(text).expanduser()
-
-
 # What argparse is told of the arguments that are no fields of Config.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
-    "--runs": dict(type=_path, default=Path("runs"), help="folder of run folders (default: runs)"),
-    "--out": dict(type=_path, help="where to write (the run's folder, ./figure_N.png)"),
-    "run": dict(type=_path, help="folder of a run"),
-    "[run]": dict(type=_path, nargs="?", help="folder of a run"),
-    "--weights": dict(type=_path, help="a weights file, ours or a public one"),
+    "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
+    "--out": dict(type="path", help="where to write (the run's folder, ./figure_N.png)"),
+    "run": dict(type="path", help="folder of a run"),
+    "[run]": dict(type="path", nargs="?", help="folder of a run"),
+    "--weights": dict(type="path", help="a weights file, ours or a public one"),
     "--scores": dict(help=f"comma-separated: {', '.join(SCORES)} (the method's)"),
-    "images": dict(type=_path, nargs="+", help="image files, or folders of them"),
+    "images": dict(type="path", nargs="+", help="image files, or folders of them"),
     "number": dict(type=int, nargs="?", choices=PAPER, help="1 to 6 (all finished runs)"),
     "--read": dict(action="store_true", help="print what is finished, run and write nothing"),
     "--dry-run": dict(action="store_true", help="print the runs as commands, run nothing"),
@@ -3102,33 +3003,25 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--draws": dict(type=int, default=500, help="draws an image; 0: no smoothing (500)"),
     "--local": dict(action="store_true", help="local bounds too (networks of few layers)"),
     "which": dict(choices=["1", "3", "scores", "images"], help="the figure"),
-    "folders": dict(type=_path, nargs="*", help="run folders (figures 3, scores)"),
+    "folders": dict(type="path", nargs="*", help="run folders (figures 3, scores)"),
 }
 # Command -> function, its arguments, the fields of Config that it takes ("*": all but the rest).
+_RUNS, _SETS = "number --runs --read --dry-run --seeds --archs --methods", "ood root download"
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "demo": (command_demo, "--runs --seeds", ""),
     "train": (command_train, "--runs --out", "*"),
-    "eval": (
-        command_eval, "[run] --weights --scores --out",
-        "ood root download id arch stats size n_train",
-    ),
+    "eval": (command_eval, "[run] --weights --scores --out", _SETS + " id arch stats size n_train"),
     "predict": (command_predict, "run images", ""),
-    "table": (
-        command_table, "number --runs --read --dry-run --seeds --archs --methods",
-        "* method arch seed init",
-    ),
-    "certify": (
-        command_certify, "run --images --eps --sigma --draws --local --out", "ood root download"
-    ),
+    "table": (command_table, _RUNS, "* method arch seed init"),
+    "certify": (command_certify, "run --images --eps --sigma --draws --local --out", _SETS),
     "figure": (command_figure, "which folders --out", ""),
-}  # fmt: skip
+}
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are for `main`."""
+    """An argument parser whose errors are ValueErrors, for `main`."""
 
     def error(self, message: str) -> Any:
-        """Raise ValueError."""
         raise ValueError(f"{message} ({self.prog} --help; what has no -- goes before the options)")
 
 
@@ -3136,17 +3029,17 @@ def parser() -> Parser:
     """The command line, from ARGUMENTS, COMMANDS and the fields of Config."""
     top = Parser(prog="greg.py", description=__doc__.split("\n\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    types = {"int": int, "float": float, "str": os.path.expanduser}
     kinds = {"bool": {"action": "store_true"}, "Sequence[str]": {"nargs": "+", "action": "extend"}}
+    kinds |= {"int": {"type": int}, "float": {"type": float}, "str": {"type": os.path.expanduser}}
     for name, (command, words, wanted) in COMMANDS.items():
         p = commands.add_parser(name, help=command.__doc__, description=command.__doc__)
         p.set_defaults(run_command=command)
+        p.register("type", "path", lambda text: Path(text).expanduser())
         for word in ("--device " + words).split():
             p.add_argument(word.strip("[]"), **ARGUMENTS[word])
         for f in fields(Config):
             if (f.name in wanted.split()) != ("*" in wanted):
-                more = kinds.get(f.type) or {"type": types[f.type]}
-                more = {**f.metadata, **more, "default": argparse.SUPPRESS}
+                more = {**f.metadata, **kinds[f.type], "default": argparse.SUPPRESS}
                 more["help"] += f" (default: {f.default})" if f.default else ""
                 p.add_argument("--" + f.name.replace("_", "-"), **more)
     return top

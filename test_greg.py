@@ -1745,7 +1745,7 @@ def test_malformed_id_arrays_are_refused_and_named(tmp_path):
         ("y_train", np.eye(6, dtype=int), "6 integer labels", "[6, 6]"),
         ("y_train", np.array([-1, 0, 1, 2, 0, 1]), "all of 0..3", "[-1, 3]"),
         ("y_train", np.array([1, 2, 3, 1, 2, 3]), "all of 0..2", "[0, 3]"),
-        ("y_test", np.array([0, 1, 3]), "test, needs 3", "[2, 3]"),
+        ("y_test", np.array([0, 1, 3]), "test, needs", "0..2", "[2, 3]"),
         ("y_test", None, "['y_test']", "x_train"),
         ("y_train", np.array([0, 1, 2, 0, 1, None]), "['y_train']"),
         ("y_train", np.array(list("abcabc")), "['y_train']"),
