@@ -2466,7 +2466,7 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        return torch.cat([f(part, *args) for part in bar(x.split(64), f.__name__)])
+        return torch.cat([f(part, *args) for part in bar(x.split(16), f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
