@@ -1928,8 +1928,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 class FastDoubleBackward(TorchFunctionMode):
     """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
 
-    PyTorch's double backward of batch norm is some thirty passes, and a convolution's has one with
-    kernels as large as the image. Inside, create_graph=True gives the gradient at images alone;
+    PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
+    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True gives the gradient at images alone;
     outside, it is a RuntimeError.
     """
 
@@ -1940,7 +1940,8 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        func = {F.conv2d: self._conv2d, F.batch_norm: self._batch_norm}.get(func, func)
+        fast = {F.conv2d: self._conv2d, F.batch_norm: self._batch_norm, torch.cat: self._cat}
+        func = fast.get(func, func)
         return func(*args, **(kwargs or {}))
 
     def _conv2d(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
@@ -1955,6 +1956,10 @@ class FastDoubleBackward(TorchFunctionMode):
         if not training or bias is None or x.dim() != 4 or x.numel() == x.shape[1]:
             return F.batch_norm(x, m, v, weight, bias, training, momentum, eps)
         return _BatchNorm.apply(self, x, weight, bias, m, v, True, momentum, eps)
+
+    def _cat(self, tensors, dim=0, **more):
+        plain = more or len({(t.dtype, t.dim()) for t in tensors}) > 1
+        return torch.cat(tensors, dim, **more) if plain else _Cat.apply(dim, *tensors)
 
     def taking(self):
         """Whether ∇S is taken, which is to be differentiated, rather than the loss's gradient."""
@@ -1981,6 +1986,19 @@ class _Conv2d(torch.autograd.Function):
         options = *ctx.options[:3], False, (0, 0), groups, (*ctx.needs_input_grad[1:3], False)
         at = torch.ops.aten.convolution_backward(g, x, weight, None, *options)
         return None, *at[:2], *[None] * 4
+
+
+class _Cat(torch.autograd.Function):
+    """Concatenation whose double backward is one too, not a sum of tensors filled up with zeros."""
+
+    @staticmethod
+    def forward(ctx, dim, *tensors):
+        ctx.dim, ctx.sizes = dim, [t.shape[dim] for t in tensors]
+        return torch.cat(tensors, dim)
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, *g.split(ctx.sizes, ctx.dim)
 
 
 def _batch_norm_backward(g, x, w, mean, r, at_all=True):
