@@ -1929,8 +1929,8 @@ class FastDoubleBackward(TorchFunctionMode):
     """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
 
     PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
-    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True gives the gradient at images alone;
-    outside, it is a RuntimeError.
+    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True
+    gives the gradient at images alone; outside, it is a RuntimeError.
     """
 
     over = False
