@@ -2315,8 +2315,8 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def chunk_of(size: int) -> int:
-    """How many images of this side fit in memory with their gradients (10 GB, DenseNet-121)."""
-    return min(250, max(1, 250 * 128**2 // size**2))
+    """Images of this side at once: a sign of life each 32; in memory with gradients (10 GB)."""
+    return min(32, max(1, 250 * 128**2 // size**2))
 
 
 # ==================================================================================================
