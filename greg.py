@@ -635,9 +635,8 @@ def _propagate(net, x, w):
         elif type(m) in (nn.AvgPool2d, nn.MaxPool2d):  # a pixel is in so many windows
             size, *more = map(_pair, (m.kernel_size, m.stride, getattr(m, "dilation", 1)))
             spans = (-(-(d * (k - 1) + 1) // s) for k, s, d in zip(size, *more, strict=True))
-            w = w * math.sqrt(
-                math.prod(spans) / (math.prod(size) if type(m) is nn.AvgPool2d else 1)
-            )
+            share = 1 / math.prod(size) if type(m) is nn.AvgPool2d else 1
+            w = w * math.sqrt(math.prod(spans) * share)
         elif type(m) is nn.AdaptiveAvgPool2d:
             w = w / x[0, 0].numel() ** 0.5
         elif type(m) is nn.Flatten:
@@ -803,7 +802,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = True) -> di
     return {name: r * _DOWN for name, r in radii.items()}
 
 
-# ---- Randomised smoothing: the only certificate that says something on the paper's networks.
+# ---- Randomised smoothing: a certificate for networks of any depth, but of another detector.
 @torch.no_grad()
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
     """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
@@ -1397,10 +1396,8 @@ def published(name: str, root: str | Path, download: bool) -> Any:
 
     def get(download):
         if name not in SOURCES:
-            kind, parts = (
-                getattr(datasets, name.upper()),
-                ["test"] if name == "svhn" else [True, False],
-            )
+            kind, parts = getattr(datasets, name.upper()), (True, False)
+            parts = ("test",) if name == "svhn" else parts
             return [kind(str(root), part, download=download) for part in parts]
         url, md5, target, _ = SOURCES[name]
         path, file = Path(root, target), url.partition("?")[0].rpartition("/")[2]
@@ -1551,7 +1548,7 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 
 
 class Sampler(NamedTuple):
-    """How a step's auxiliary images are chosen: `per_id` for each ID image, at random unless ..."""
+    """A step's auxiliary images, `per_id` for each ID image: random, or by `pick`, or by `pool`."""
 
     per_id: int = 1
     pick: Callable[..., Tensor] | None = None  # (logits, z, k, generator): k · per_id of candidates
@@ -1875,7 +1872,10 @@ def build(c: Config, classes: Sequence[str]) -> Net:
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS["densenet121"](1000), weights).features
     elif c.init:
-        check_classes(stored(path), classes, c.init)
+        saved = stored(path)
+        check_classes(saved, classes, c.init)
+        if saved and "gamma" not in saved:
+            say(f"greg: warning: {c.init} is not finished: its weights so far are used", sys.stderr)
         start = load_weights(ARCHS[c.arch](K), path / "checkpoint.pt" if path.is_dir() else path)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data

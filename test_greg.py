@@ -2042,6 +2042,9 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
     web.patch.setitem(greg.SOURCES, "random300k", source)
     np.testing.assert_array_equal(greg.load_aux("random300k", root, True).x, TWO)
     assert greg.load_aux("random300k", root).name == "random300k"
+    (root / "r.npy").write_bytes(b"x")
+    damaged = functools.partial(greg.load_aux, "random300k", root)
+    refuses(damaged, "random300k", error=FileNotFoundError)
 
 
 def test_lsun_c_is_cropped_and_places365_cut_to_ten_thousand(tmp_path, web, monkeypatch):
@@ -2757,6 +2760,7 @@ def test_a_resolved_configuration_suits_its_data_and_keeps_what_was_given(begin,
     )
     assert (c.init, c.size, c.stats, c.lr, c.aux) == ("torchvision", 224, "imagenet", 0.001, "")
     assert of("ce", **plain).lr == 0.1 and of("ce", init=begin, **plain).lr == 0.001  # from scratch
+    assert of("greg+", aux="imagenet").aux == "imagenet"
     for aux in "", "imagenet":
         c = of("greg+", id="imagenet:20", init=begin, aux=aux, stats="")
         assert (c.aux, c.lr, c.epochs, c.stats) == ("imagenet:20", 0.001, 20, "cifar10")
