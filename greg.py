@@ -1079,11 +1079,10 @@ def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
 
 
 class Images(NamedTuple):
-    """A data set: x [N,H,W,3] uint8 or `Files`, y [N] labels or None, name, class names."""
+    """A data set: x [N,H,W,3] uint8 or `Files`, y [N] labels or None, names of the classes."""
 
     x: Any
-    y: Tensor | None
-    name: str
+    y: Tensor | None = None
     classes: tuple[str, ...] = ()
 
     def take(self, index: slice | Tensor) -> Images:
@@ -1111,9 +1110,14 @@ def world() -> tuple[int, int]:
 
 
 def say(text: str, to: Any = None) -> None:
-    """Print, by the first process alone; remarks go to=sys.stderr."""
+    """Print, by the first process alone."""
     if world()[0] == 0:
         print(str(text).rstrip("\n"), file=to, flush=True)
+
+
+def remark(text: object) -> None:
+    """Say on stderr what a user should know and a script should not read."""
+    say(f"greg: {text}", sys.stderr)
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
@@ -1214,7 +1218,7 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
         image = torch.lerp(back + grain[:, :3], front + grain[:, 3:], inside[:, None])
         image += torch.randn(image.shape, generator=g) * draw(0, 0.05, 1)
         x[y == k] = (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
-    return Images(x, y, "synthetic", families) if families is _ID else Images(x, None, split)
+    return Images(x, y, families) if families is _ID else Images(x)
 
 
 # ---- Files: one function that opens images, one that reads arrays, one that checks a set.
@@ -1256,32 +1260,30 @@ def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
-def image_files(folder: str | Path) -> list[str]:
-    """All images below a folder, in a fixed random order: the first N stand for them all."""
-    from PIL import Image
-
-    kinds = Image.registered_extensions()
-    remark, seen, paths = functools.partial(say, to=sys.stderr), {os.path.realpath(folder)}, []
-    for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        real = {f: os.path.realpath(Path(at, f)) for f in sorted(folders)}
-        folders[:] = [f for f in real if f[0] != "." and f != "__MACOSX" and real[f] not in seen]
-        seen.update(real[f] for f in folders)  # links can go in circles
-        paths += [Path(at, n) for n in names if n[0] != "."]
-    files = [str(p) for p in sorted(paths) if kinds.get(p.suffix.lower()) in Image.OPEN]
-    if len(files) < len(paths):
-        other = min(set(paths).difference(map(Path, files)))
-        remark(f"greg: {folder}: left out {len(paths) - len(files)} that are no images: {other} …")
-    if not files:
-        raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    return [files[i] for i in order]
-
-
 def decode(files: Sequence[str | bytes], size: int, resize: bool = True) -> Tensor:
     """Image files in memory, by threads: uint8 [N,size,size,3]. Raises as `load_image`."""
     with ThreadPoolExecutor() as pool:
         images = pool.map(lambda f: load_image(os.fsdecode(f), size, resize), files)
         return torch.cat(list(bar(images, "decode", total=len(files))))
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """All images below a folder, in a fixed random order: the first N stand for them all."""
+    from PIL import Image
+
+    kinds, seen, paths = Image.registered_extensions(), {os.path.realpath(folder)}, []
+    for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
+        real = {f: os.path.realpath(Path(at, f)) for f in sorted(folders)}
+        folders[:] = [f for f in real if f[0] != "." and f != "__MACOSX" and real[f] not in seen]
+        seen.update(real[f] for f in folders)  # links can go in circles
+        paths += [str(Path(at, n)) for n in names if n[0] != "."]
+    files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in Image.OPEN)
+    if other := sorted({*paths} - {*files}):
+        remark(f"{folder}: left out {len(other)} that are no images: {other[0]} …")
+    if not files:
+        raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    return [files[i] for i in order]
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -1308,15 +1310,17 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 def check_set(images: Images, size: int, what: str) -> Images:
     """The set, labelled images not in order of class; ValueError naming what is wrong with it."""
-    (x, y, *_), K = images, len(images.classes)
+    x, y, classes = images
     if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3) or not len(x):
         raise ValueError(f"{what} must be uint8 [N,{size},{size},3], got {x.dtype} {list(x.shape)}")
     if y is None:
         return images
     if y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
-    if odd := sorted(set(y.tolist()) ^ set(range(K)))[:9]:
-        raise ValueError(f"{what} needs labels, all of 0..{K - 1}; missing or beyond: {odd}")
+    if odd := sorted({*y.tolist()} ^ {*range(len(classes))})[:9]:
+        raise ValueError(
+            f"{what} needs labels, all of 0..{len(classes) - 1}; missing or beyond: {odd}"
+        )
     images, order = images._replace(y=y.long()), torch.Generator().manual_seed(0)
     in_order = (images.y.diff() >= 0).all()  # then the first N would not stand for them all
     return images.take(torch.randperm(len(y), generator=order)) if in_order else images
@@ -1326,7 +1330,7 @@ class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set; x[i, seed] a random
     crop and flip [1,s,s,3], or the error met: a worker's would reach the user as a stack trace."""
 
-    device, dtype = torch.device("cpu"), torch.uint8
+    dtype = torch.uint8
 
     def __init__(self, files: Any, size: int):
         import numpy as np
@@ -1361,11 +1365,11 @@ def class_folders(folder: Path) -> list[str]:
     return sorted(names, key=int) if all(n.isdecimal() for n in names) else names
 
 
-def class_images(folder: Path, names: Sequence[str], size: int, name: str) -> Images:
+def class_images(folder: Path, names: Sequence[str], size: int) -> Images:
     """The labelled images of the named class folders below a folder, as files."""
     found = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
     files, y = zip(*found, strict=True)
-    return Images(Files(files, size), torch.tensor(y), name, tuple(names))
+    return Images(Files(files, size), torch.tensor(y), tuple(names))
 
 
 # ---- Published sets: name, address, md5, what it becomes below the root, number of images.
@@ -1400,17 +1404,13 @@ def published(name: str, root: str | Path, download: bool) -> Any:
             parts = ("test",) if name == "svhn" else parts
             return [kind(str(root), part, download=download) for part in parts]
         url, md5, target, _ = SOURCES[name]
-        path, file = Path(root, target), url.partition("?")[0].rpartition("/")[2]
+        path, file, web = Path(root, target), Path(url.partition("?")[0]).name, datasets.utils
+        md5 = None if md5 == "-" else md5
         if download and not path.exists():
-            web = datasets.utils
             fetch = web.download_url if target == file else web.download_and_extract_archive
-            fetch(url, str(root), filename=file, md5=None if md5 == "-" else md5)
-        if not path.exists():
-            raise OSError(f"no {path}, of {url}")
-        if path.is_file():
-            code = hashlib.new("sha256" if md5 == "-" else "md5", path.read_bytes()).hexdigest()
-            if not code.startswith(path.stem[-8:] if md5 == "-" else md5):
-                raise OSError(f"{path} is damaged or another file: delete it")
+            fetch(url, str(root), filename=file, md5=md5)
+        if not path.is_dir() and not web.check_integrity(path, md5):
+            raise OSError(f"no {path}, of {url}, or damaged: delete it")
         return path
 
     try:
@@ -1433,13 +1433,13 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     if classes.isdigit():
         rank = np.random.RandomState(1993).permutation(len(known))  # those of the lowest ranks
         names = [known[i] for i in rank.argsort()[: int(classes)]]
-    odd = sorted(set(names) - set(known))[:3]
-    if odd or not 2 <= len(set(names)) == len(names) < len(known):
+    odd = sorted({*names} - {*known})[:3]
+    if odd or not 2 <= len({*names}) == len(names) < len(known):
         raise ValueError(f"imagenet:NUMBER or :NAME,NAME is two to all but one; {root} lacks {odd}")
     if part == "aux":
-        rest = [name for name in known if name not in names]
-        return class_images(root / "train", rest, size, "imagenet")._replace(y=None, classes=())
-    return class_images(root / part, names, size, "imagenet")
+        rest = class_images(root / "train", [n for n in known if n not in names], size)
+        return Images(rest.x)
+    return class_images(root / part, names, size)
 
 
 def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
@@ -1450,24 +1450,23 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
     if kind == "imagenet":
-        at = Path(root, "imagenet")
-        sets = [load_imagenet(part, at, classes, size) for part in ("train", "val")]
+        sets = [load_imagenet(p, Path(root, kind), classes, size) for p in ("train", "val")]
     elif name in ("cifar10", "cifar100"):
         both, tensor = published(name, root, download), torch.tensor
-        sets = [Images(tensor(s.data), tensor(s.targets), name, tuple(s.classes)) for s in both]
+        sets = [Images(tensor(s.data), tensor(s.targets), tuple(s.classes)) for s in both]
     elif path.is_dir():
         names, others = class_folders(path / "train"), class_folders(path / "test")
-        if odd := sorted(set(names) ^ set(others))[:9]:
+        if odd := sorted({*names} ^ {*others})[:9]:
             raise ValueError(f"{path}/train and test need the same class folders; one lacks {odd}")
-        say(f"greg: the images of {path} become {size}×{size} (--size)", sys.stderr)
-        sets = [class_images(path / p, names, size, path_stem(name)) for p in ("train", "test")]
+        remark(f"the images of {path} become {size}×{size} (--size)")
+        sets = [class_images(path / part, names, size) for part in ("train", "test")]
     else:
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
         if missing := [k for k in keys if k not in arrays]:
             raise ValueError(f"{path} holds {', '.join(arrays)}; ID data also need {missing}")
         x, y, x_test, y_test = (arrays[k] for k in keys)
-        args = path_stem(name), tuple(str(c) for c in range(len(y.unique())))
-        sets, size = [Images(x, y, *args), Images(x_test, y_test, *args)], (*x.shape, 0, 0)[2]
+        names = tuple(str(c) for c in range(len(y.unique())))
+        sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, 0, 0)[2]
     train, test = sets
     test = test._replace(x=test.pixels(slice(None)))  # ImageNet's training images stay files
     train = train if kind == "imagenet" else train._replace(x=train.pixels(slice(None)))
@@ -1485,8 +1484,8 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     if not path and name in _OOD:
         return synthetic(name)
     if not path and name == "svhn":
-        x = torch.from_numpy(published(name, root, download)[0].data).permute(0, 2, 3, 1)
-        return Images(x.contiguous(), None, name)
+        x = torch.from_numpy(published(name, root, download)[0].data)
+        return Images(x.permute(0, 2, 3, 1).contiguous())
     if not path and name not in SOURCES:
         known = ", ".join(sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD}))
         raise ValueError(f"no OOD set {name!r}: NAME=PATH, available, synthetic or one of {known}")
@@ -1496,8 +1495,9 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
         # Of Places365 always the same 10,000, as in the paper; LSUN-C's 36×36 are cropped.
-        x = decode(files if path else files[:10000], size, bool(path) or name != "lsun_c")
-        return Images(x, None, name)
+        return Images(
+            decode(files if path else files[:10000], size, bool(path) or name != "lsun_c")
+        )
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
@@ -1505,8 +1505,8 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     if len(named) != 1:
         raise ValueError(f"{where} holds {holds}: need one uint8 [N,H,W,3], or one named {split}")
     if len(arrays) > 1:
-        say(f"greg: {where} holds {holds}: {named[0]} is used", sys.stderr)
-    return Images(arrays[named[0]], None, name)
+        remark(f"{where} holds {holds}: {named[0]} is used")
+    return Images(arrays[named[0]])
 
 
 def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 32) -> Images:
@@ -1514,11 +1514,10 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, classes = name.partition(":")
     if kind == "imagenet":
-        return load_imagenet("aux", Path(root, "imagenet"), classes, size)
+        return load_imagenet("aux", Path(root, kind), classes, size)
     if name == "synthetic":
         return synthetic("aux")
-    path = "" if name == "random300k" else name
-    images = unlabelled(path_stem(name), path, root, download, size, "train")
+    images = unlabelled(name, "" if name == "random300k" else name, root, download, size, "train")
     return check_set(images, size, f"--aux {name}")
 
 
@@ -1532,11 +1531,12 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
             raise ValueError(f"--ood {item}: the name {name!r} is taken")
         try:
             images = unlabelled(name, path, root, download, size, "test")
-            sets[name] = check_set(images, size, f"--ood {item}")
         except FileNotFoundError:
             if spec != "available":
                 raise
             left_out.append(name)
+        else:
+            sets[name] = check_set(images, size, f"--ood {item}")
     if not sets:
         raise ValueError(f"no OOD set to evaluate on: name some of {', '.join(PAPER_OOD)} (--ood)")
     return sets, left_out
@@ -1608,8 +1608,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
         classes = embed_images(run, run.aux_set)[0].argmax(1)
         run.memory["prior"] = torch.bincount(classes, minlength=K) / len(classes)
     prior = run.memory["prior"].to(x_aux.device)  # and the authors' alpha, gamma for both CIFARs
-    margins = {"m_in": c.m_in, "m_aux": c.m_aux}
-    return x_aux, margins | {"prior": prior, "alpha": K, "gamma": 0.5 / K}
+    return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
 ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
@@ -1708,13 +1707,12 @@ def resolve(c: Config) -> Config:
     fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
-    builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
     own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
-    fill["aux"] = (own or builtin) if least else ""
+    builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
     saved = {} if init in ("", "torchvision") else stored(init)
     theirs = saved.get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
-    c = replace(c, init=init, stats=stats, **fill)
+    c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
     learning_rate(c, 0)
     positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
@@ -1762,10 +1760,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
     """Write so that `path` is never half-written; what was there may be kept, by another name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
-            f.flush()
-            os.fsync(f.fileno())
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if keep:
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, path.with_name(keep))
@@ -1787,7 +1782,7 @@ def stored(path: str | Path) -> dict[str, Any]:
         try:
             return stored(file)
         except ValueError as e:
-            say(f"greg: warning: {e}", sys.stderr)
+            remark(f"warning: {e}")
     if files:
         raise ValueError(f"no intact checkpoint in {path}: delete the folder to start again")
     raise FileNotFoundError(f"no checkpoint in {path}; train there first: greg.py train")
@@ -1875,7 +1870,7 @@ def build(c: Config, classes: Sequence[str]) -> Net:
         saved = stored(path)
         check_classes(saved, classes, c.init)
         if saved and "gamma" not in saved:
-            say(f"greg: warning: {c.init} is not finished: its weights so far are used", sys.stderr)
+            remark(f"warning: {c.init} is not finished: its weights so far are used")
         start = load_weights(ARCHS[c.arch](K), path / "checkpoint.pt" if path.is_dir() else path)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
@@ -1899,24 +1894,19 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
     return torch.cat(f), torch.cat(z)
 
 
-class _Mean(torch.autograd.Function):
-    """The mean over all processes; its derivative is the same mean, to any order."""
-
-    forward = staticmethod(lambda ctx, x: average(x.clone()))
-    backward = staticmethod(lambda ctx, g: _Mean.apply(g))
-
-
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, of equal size, twice differentiable."""
 
     def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce  # which has derivatives
+
         if not self.training:
             return super().forward(x)
         n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean = _Mean.apply(wide.mean(**over))
-            var = _Mean.apply((wide - mean).square().mean(**over))
+            mean = all_reduce(wide.mean(**over)) / world()[1]
+            var = all_reduce((wide - mean).square().mean(**over)) / world()[1]
             with torch.no_grad():
                 self.running_mean.lerp_(mean.flatten(), self.momentum)
                 self.running_var.lerp_(var.flatten() * (n / (n - 1)), self.momentum)
@@ -1940,26 +1930,22 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        fast = {F.conv2d: self._conv2d, F.batch_norm: self._batch_norm, torch.cat: self._cat}
-        func = fast.get(func, func)
-        return func(*args, **(kwargs or {}))
-
-    def _conv2d(self, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-        sizes = stride, padding, dilation
-        if bias is not None or x.dim() != 4 or any(type(v) is not tuple for v in sizes):
-            return F.conv2d(x, weight, bias, *sizes, groups)
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-        return _Conv2d.apply(self, x, weight, *sizes, groups)
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return self._batch_norm(*args, **kwargs)
+        if func is F.conv2d and len(args) == 7 and args[2] is None and type(args[4]) is tuple:
+            x, weight, _, *options = args  # by position, as nn.Conv2d calls it
+            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+                x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+            return _Conv2d.apply(self, x, weight, *options)
+        if func is torch.cat and len({t.dtype for t in args[0]}) == 1 and "out" not in kwargs:
+            return _Cat.apply((*args, kwargs.get("dim", 0))[1], *args[0])
+        return func(*args, **kwargs)
 
     def _batch_norm(self, x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
         if not training or bias is None or x.dim() != 4 or x.numel() == x.shape[1]:
             return F.batch_norm(x, m, v, weight, bias, training, momentum, eps)
         return _BatchNorm.apply(self, x, weight, bias, m, v, True, momentum, eps)
-
-    def _cat(self, tensors, dim=0, **more):
-        plain = more or len({(t.dtype, t.dim()) for t in tensors}) > 1
-        return torch.cat(tensors, dim, **more) if plain else _Cat.apply(dim, *tensors)
 
     def taking(self):
         """Whether ∇S is taken, which is to be differentiated, rather than the loss's gradient."""
@@ -2096,16 +2082,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
     if any(folder.glob("checkpoint*.pt")):
-        if not (state := stored(folder)):
-            raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
-        check_same(c, state["config"], folder)
-        check_classes(state, ids.classes, folder)
-        run.config = replace(c, m_in=state["config"]["m_in"], m_aux=state["config"]["m_aux"])
-        net.load_state_dict(state["net"])
-        sgd.load_state_dict(state["optimizer"])
-        run.epoch, run.step, run.memory = state["epoch"], state["step"], state["memory"]
-        run.sums += state["sums"].to(device)
-        return run
+        return restore(run)
     row = log(run, {"epoch": 0})
     if c.margins and aux:
         # The start's mean scores, as the energy authors advise; where the auxiliary one is not
@@ -2113,11 +2090,26 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
         m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
-        say(f"greg: {folder}: --m-in {m_in} --m-aux {m_aux}", sys.stderr)
+        remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
     if world()[0] == 0:
         content = json.dumps(asdict(run.config) | environment(), indent=1)
         write_atomically(folder / "config.json", content)
+    return run
+
+
+def restore(run: Run) -> Run:
+    """The run as its folder's checkpoint has it; ValueError if that is of another run."""
+    if not (state := stored(run.folder)):
+        raise ValueError(f"{run.folder}/checkpoint.pt is no run's: choose another folder")
+    check_same(run.config, state["config"], run.folder)
+    check_classes(state, run.train_set.classes, run.folder)
+    m_in, m_aux = state["config"]["m_in"], state["config"]["m_aux"]
+    run.config = replace(run.config, m_in=m_in, m_aux=m_aux)
+    run.net.load_state_dict(state["net"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.epoch, run.step, run.memory = state["epoch"], state["step"], state["memory"]
+    run.sums += state["sums"].to(run.device)
     return run
 
 
@@ -2265,7 +2257,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     if stop:  # all processes, though the signal may have met one
         progress.close()
         number = run.stopped_by or int(signal.SIGTERM)
-        say(f"greg: signal {number}, saved {run.folder}: the command goes on from here", sys.stderr)
+        remark(f"signal {number}, saved {run.folder}: the command goes on from here")
         raise SystemExit(128 + number)
     return means
 
@@ -2280,10 +2272,10 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
     how = "" if c.margins or method.loss is not energy_loss else "; --margins auto suits others"
     fell = read_log(run.folder)[0]["probe_accuracy"] - row["probe_accuracy"]
     if c.init and fell > 0.1:
-        say(f"greg: warning: accuracy on 256 training images fell by {fell:.1%}{how}", sys.stderr)
+        remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
     if method.gradient and c.lambda_grad and max(row["share_in"], row["share_aux"]) < 0.02:
         where = f"S is {row['probe_s_in']:.1f} on ID, {row['probe_s_aux']:.1f} on auxiliary images"
-        say(f"greg: warning: the gradient term is off, for mean {where}{how}", sys.stderr)
+        remark(f"warning: the gradient term is off, for mean {where}{how}")
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
@@ -2355,7 +2347,7 @@ def evaluate(
         if key == "id":
             accuracy = (classes == images.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
-        say(f"greg: warning: ID accuracy {accuracy:.1%} is chance: other --stats?", sys.stderr)
+        remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats?")
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
     for sets in metrics.values():
@@ -2371,7 +2363,7 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
     ood, missing = load_ood(specs, c.root, c.download, train_set.x.shape[1])
     if missing:
-        say(f"greg: OOD sets that are not there: {', '.join(missing)}", sys.stderr)
+        remark(f"OOD sets that are not there: {', '.join(missing)}")
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2950,7 +2942,7 @@ def command_table(args: argparse.Namespace) -> None:
             say(shlex.join(str(word) for word in words if word is not True))
         elif not args.read:
             name = f"{c.method} {c.arch} seed {c.seed}: {folder}"
-            say(f"greg: run {i} of {len(runs)}: {name}", sys.stderr)
+            remark(f"run {i} of {len(runs)}: {name}")
             train(c, folder, args.device)
         elif done := read_results(folder):
             check_same(resolve(c), done["config"], folder)

@@ -1637,12 +1637,12 @@ def test_synthetic_sets_are_balanced_disjoint_and_refused_if_unknown(monkeypatch
     assert len(images.unique(dim=0)) == len(images)
     for split, n in ("nothing", 3), ("train", 0), ("aux", -1):
         refuses(lambda s=split, n=n: greg.synthetic(s, n), split, str(n), "shards")
-    monkeypatch.setattr(greg, "synthetic", lambda split: greg.Images(TWO, None, split))
+    monkeypatch.setattr(greg, "synthetic", lambda split: greg.Images(split))
     monkeypatch.setattr(greg, "check_set", lambda images, *_: images)
     sets, left_out = greg.load_ood(["synthetic"])
-    assert {k: v.name for k, v in sets.items()} == {k: k for k in greg._OOD} and left_out == []
-    assert [v.name for v in greg.load_id("synthetic")] == ["train", "test"]
-    assert greg.load_aux("synthetic").name == "aux"
+    assert {k: v.x for k, v in sets.items()} == {k: k for k in greg._OOD} and left_out == []
+    assert [v.x for v in greg.load_id("synthetic")] == ["train", "test"]
+    assert greg.load_aux("synthetic").x == "aux"
     monkeypatch.undo()
 
     def stop(n, generator):
@@ -1721,7 +1721,7 @@ def test_id_arrays_come_back_as_they_were_saved(tmp_path):
     for part, images in zip(("train", "test"), sets, strict=True):
         np.testing.assert_array_equal(images.x, arrays["x_" + part])
         np.testing.assert_array_equal(images.y, arrays["y_" + part])
-        assert images.name == "mine.v2" and images.classes == ("0", "1", "2")
+        assert images.classes == ("0", "1", "2")
         assert images.y.dtype == torch.int64
     kept = sets[0].take(slice(1, 3))
     assert kept.y.tolist() == [1, 2] and torch.equal(kept.pixels(slice(1)), sets[0].x[1:2])
@@ -1826,7 +1826,7 @@ def test_an_npy_is_mapped_not_read_and_never_written(tmp_path):
     assert not maps.exists() or str(tmp_path / "x.npy") in maps.read_text()
     np.testing.assert_array_equal(images.x, TWO)
     images.x[0] = 0
-    assert (tmp_path / "x.npy").read_bytes() == before and images.name == "x" and images.y is None
+    assert (tmp_path / "x.npy").read_bytes() == before and images.y is None
     refuses(lambda: greg.load_aux(str(tmp_path / "x.npy"), size=16), "--aux", "x.npy", "16,16")
 
 
@@ -1854,7 +1854,7 @@ def test_class_folders_are_sorted_as_numbers_if_all_are_and_must_agree(
     sets, want = greg.load_id(str(root), size=8), sorted(names)
     want = sorted(names, key=int) if all(n.isdecimal() for n in names) else want
     for i, images in enumerate(sets):
-        assert list(images.classes) == want and images.name == root.name
+        assert list(images.classes) == want
         colours = {(*x, int(y)) for x, y in zip(images.x[:, 0, 0].tolist(), images.y, strict=True)}
         order = enumerate(names)
         assert colours == {(40 * i + k, 20 * j, 7, want.index(n)) for j, n in order for k in (0, 1)}
@@ -2041,7 +2041,7 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
     source = [f"{web.url}/r.npy", md5, "r.npy", "0"]
     web.patch.setitem(greg.SOURCES, "random300k", source)
     np.testing.assert_array_equal(greg.load_aux("random300k", root, True).x, TWO)
-    assert greg.load_aux("random300k", root).name == "random300k"
+    assert greg.load_aux("random300k", root).y is None
     (root / "r.npy").write_bytes(b"x")
     damaged = functools.partial(greg.load_aux, "random300k", root)
     refuses(damaged, "random300k", error=FileNotFoundError)
@@ -2106,7 +2106,7 @@ def test_cifar_and_svhn_are_torchvisions(tmp_path, monkeypatch):
     train, test = greg.load_id("cifar100", tmp_path, download=True)
     assert [c[1:] for c in calls] == [(True, True), (False, True), (True, False), (False, False)]
     np.testing.assert_array_equal(train.x, TWO)
-    assert (train.y.tolist(), train.name, train.classes) == ([1, 0], "cifar100", ("a", "b"))
+    assert (train.y.tolist(), train.classes) == ([1, 0], ("a", "b"))
     assert test.y.tolist() == [2, 1, 0] and torch.equal(test.x, torch.from_numpy(THREE))
     svhn = greg.load_ood(["svhn"], tmp_path)[0]["svhn"].x
     assert calls[4:] == [(str(tmp_path), "test", False)] and svhn.is_contiguous()
@@ -2138,7 +2138,7 @@ def test_imagenet_is_split_into_id_and_auxiliary_classes(jpeg_root):
     train, val = greg.load_id("imagenet:n03,n01", jpeg_root, size=32)
     aux = greg.load_aux("imagenet:n03,n01", jpeg_root, size=32)
     assert train.classes == val.classes == ("n03", "n01") and aux.y is None and aux.classes == ()
-    assert isinstance(train.x, greg.Files) and train.name == "imagenet"
+    assert isinstance(train.x, greg.Files)
     assert isinstance(val.x, torch.Tensor) and train.x.shape == val.x.shape == (10, 32, 32, 3)
     for f, y in zip(train.x.files, train.y, strict=True):
         assert f"/train/{train.classes[y]}/" in os.fsdecode(f)
@@ -2313,7 +2313,7 @@ def coloured(seed, n, K=4, size=8):
     y = torch.arange(n) % K
     x = (pixels(seed, n, size, size, 3) // 3).int()
     x[..., 0] += (y * 40)[:, None, None].int()
-    return greg.Images(x.byte(), y, "data", tuple("abcd"[:K]))
+    return greg.Images(x.byte(), y, tuple("abcd"[:K]))
 
 
 IDS, AUX = coloured(1, 64), coloured(2, 96)._replace(y=None, classes=())
@@ -2457,7 +2457,7 @@ def test_embedding_is_in_chunks_in_eval_mode_and_leaves_every_modules_mode():
 
 def fake_run(monkeypatch, method, n_in, n_aux, **options):
     """A run whose images are their indices, so that `batches` shows which it takes."""
-    numbered = lambda n, y: greg.Images(torch.arange(n), y, "", ())  # noqa: E731
+    numbered = lambda n, y: greg.Images(torch.arange(n), y)  # noqa: E731
     monkeypatch.setattr(greg, "augment", lambda x, g: x)
     monkeypatch.setattr(greg, "to_input", lambda run, x, g: x)
     c = greg.resolve(greg.Config(method, init="x", **options))
@@ -3206,7 +3206,7 @@ def test_a_run_has_its_own_ood_sets_the_papers_or_the_built_in(monkeypatch):
     assert [list(specs) for specs, _ in asked] == [
         *[["synthetic"]] * 2, *[[*greg.PAPER_OOD]] * 2, *[[*greg.IMAGENET_OOD]] * 2, ["a=b"],
     ]  # fmt: skip
-    assert asked[-1][1] == ("r", True, 32) and real(["rays"])[0]["rays"].name == "rays"
+    assert asked[-1][1] == ("r", True, 32) and len(real(["rays"])[0]["rays"].x) == 1000
 
 
 def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path):
