@@ -39,7 +39,6 @@ import statistics
 import sys
 import threading
 import time
-import warnings
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -145,12 +144,11 @@ def wrn(depth: int, width: int, K: int) -> Net:
     layers, c_in, n = [_conv(3, 16, 3)], 16, (depth - 4) // 6
     for i in range(3 * n):
         c, stride = 16 * width * 2 ** (i // n), 2 if i in (n, 2 * n) else 1
-        first, rest = _bn_relu_conv(c_in, c, 3, stride), _bn_relu_conv(c, c, 3)
+        bn, relu, *rest = *_bn_relu_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3)
         if c_in == c:
-            layers += [Residual(nn.Sequential(*first, *rest), nn.Identity())]
+            layers += [Residual(nn.Sequential(bn, relu, *rest), nn.Identity())]
         else:  # the shortcut branches off after the first BN-ReLU where shapes change
-            shortcut = _conv(c_in, c, 1, stride)
-            layers += [*first[:2], Residual(nn.Sequential(first[2], *rest), shortcut)]
+            layers += [bn, relu, Residual(nn.Sequential(*rest), _conv(c_in, c, 1, stride))]
         c_in = c
     return _net(layers, c_in, K, "fan_out")
 
@@ -203,9 +201,9 @@ def read_tensors(path: str | Path) -> Any:
 def load_weights(net: nn.Module, path: str | Path) -> nn.Module:
     """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
 
-    By name, below any prefix, else by position, as code bases name the same layers differently but
-    list them in forward order: each pair agrees in role (the name's last part) and shape. Other
-    submodules may stand beside. ValueError for what does not fit, OSError without the file.
+    By name, below any prefix and beside other submodules, else by position, as code bases name the
+    same layers differently but list them in forward order: each pair agrees in role (the name's
+    last part) and shape. ValueError for what does not fit, OSError without the file.
     """
     state = read_tensors(path)
     for key in ("net", "state_dict", "model_state_dict", "model", "ema"):
@@ -244,10 +242,8 @@ def energy_score(logits: Tensor) -> Tensor:
 
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
-    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)².
-
-    Scores on the wrong side of their margin, s_in [n], s_aux [m] -> scalar; no empty side.
-    """
+    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², of
+    the scores on the wrong side of their margin, s_in [n], s_aux [m] -> scalar; no empty side."""
     if not (len(s_in) and len(s_aux)):
         raise ValueError(f"need ID and auxiliary samples, got {len(s_in)} and {len(s_aux)}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
@@ -337,11 +333,9 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by class.
-
-    Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma is large for the classes that are frequent among
-    auxiliary images, prior [K]: those weigh more, and their margin moves by alpha Z.
-    """
+    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by class. Those
+    of classes frequent among auxiliary images, prior [K], weigh more, by Z = Σ_k p_k prior_k^gamma
+    / Σ_j prior_j^gamma, and their margin moves by alpha Z."""
     Z = f_aux.softmax(1) @ (prior**gamma / (prior**gamma).sum())
     aux = F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()
     aux = (F.normalize(Z, p=1.0, dim=0) * aux).sum()  # 0, not NaN, where every Z underflows to 0
@@ -365,10 +359,8 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """z = h(x) [N,d] and f(x) [N,K] of any network: what its last linear layer takes and gives.
-
-    f is read as in `greg_loss`. ValueError if the network changes what a linear layer gave.
-    """
+    """z = h(x) [N,d] and f(x) [N,K] of any network: what its last linear layer takes and gives. f
+    is read as in `greg_loss`. ValueError if the network changes what a linear layer gave."""
     caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks:
         for m in linear:
@@ -418,11 +410,9 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d].
-
-    The next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest so far. Half
-    the sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018).
-    """
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
+    next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest so far. Half the
+    sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018)."""
     chance = square + square.mean() + 1e-30  # equal points are as likely as each other
     x = x[torch.multinomial(chance, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(x, x).square()
@@ -472,11 +462,9 @@ def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[Tensor, Tensor]:
-    """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features.
-
-    gram = Z'Z [d,d], zy = Z'y [d], variances sigma (prior) and sigma_n (noise) -> the posterior's
-    mean [d] and the Cholesky factor of its precision. In float64: Z'Z is nearly of low rank.
-    """
+    """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features. gram = Z'Z
+    [d,d], zy = Z'y [d], variances sigma (prior) and sigma_n (noise) -> the posterior's mean [d] and
+    the Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
     if gram.dtype != torch.float64 or zy.dtype != torch.float64:
         raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
     precision = gram / sigma_n + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / sigma
@@ -498,19 +486,16 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # in the units of its input. All is computed in float64, norms are rounded up and radii down by
 # 1e-9: that covers rounding where sums do not cancel to nine digits, not that of lower precision.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
-# Logits z [K], their Jacobian A [K,D], and the radius ε̂ (a float) within which it does not change.
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
 Attack = namedtuple("Attack", "x s flipped distance")
 
 
-def certified_radius(
-    s: Tensor, gamma: float, lipschitz: float | Tensor, eps: float | Tensor = math.inf
-) -> Tensor:
+def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound if S is lipschitz-Lipschitz on B(x, ε), which the paper's L_S = ‖∇S(x)‖ need not be for
-    OOD samples (see `ood_radius`). ValueError for NaN, or lipschitz or eps below 0.
+    OOD samples (see `ood_radius`); numbers or [N]. ValueError for NaN, or either below 0.
     """
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
@@ -521,94 +506,93 @@ def certified_radius(
     return radius
 
 
-# The layers with a rule: the dimensions of the input where it asks for some, and the options.
-_DIMS = {nn.Linear: 2, nn.BatchNorm1d: 2, nn.BatchNorm2d: 4, Normalize: 4, nn.Conv2d: 4}
-_DIMS |= {nn.AvgPool2d: 4, nn.AdaptiveAvgPool2d: 4}
-_DIAGONAL, _KINKS = (nn.BatchNorm1d, nn.BatchNorm2d, Normalize), (nn.ReLU, nn.LeakyReLU)
-_IDLE, _pair = (nn.Identity, nn.Dropout, nn.Dropout2d), nn.modules.utils._pair
-_KNOWN = *_DIMS, *_KINKS, *_IDLE, nn.Flatten, Net, nn.Sequential, Residual, Concat
+# The layers of the paper's networks, which have a rule, and what their options (or pairs) must be.
+_DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
+_KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
+_KNOWN = *_KNOWN, nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
 _OPTIONS = {"inplace": False, "ceil_mode": False, "return_indices": False, "padding_mode": "zeros"}
 _OPTIONS |= {"start_dim": 1, "end_dim": -1, "count_include_pad": True, "divisor_override": None}
+_OPTIONS |= {"dilation": 1, "groups": 1, "affine": True, "output_size": 1}
+
+
+def _demand(m, known):
+    if not known:
+        raise NotImplementedError(f"no certificate for {type(m).__name__} as it is used here")
 
 
 def _exact(net, x, *also):
     """A float64 copy of `net`, tried on x, if its layers all have a rule or are of `also`."""
-
-    def demand(m, known):
-        if not known:
-            raise NotImplementedError(f"no certificate for {type(m).__name__} as it is used here")
-
-    def fits(m, args, out):  # above all, nothing is broadcast
-        like = [out, *args] if type(m) in _DIAGONAL else [out]
-        like += [m.body(*args), m.shortcut(*args)] if type(m) is Residual else []
-        dims = args[0].dim()
-        demand(m, dims == _DIMS.get(type(m), dims) and len({v.shape for v in like}) == 1)
-
     for m in net.modules():  # exact types: a subclass, a hook, another forward may compute anything
-        demand(m, type(m) in (*_KNOWN, *also) and 0 <= getattr(m, "negative_slope", 0) <= 1)
-        demand(m, all(getattr(m, k, v) == v for k, v in _OPTIONS.items()))
-        demand(m, not any(callable(v) or (v and k.endswith("hooks")) for k, v in vars(m).items()))
-        demand(m, getattr(m, "running_var", 0) is not None)
-        demand(m, not isinstance(getattr(m, "padding", 0), str))
-        demand(m, getattr(m, "output_size", 1) in (1, (1, 1)))
+        _demand(m, type(m) in (*_KNOWN, *also))
+        _demand(m, all(getattr(m, k, v) in (v, (v, v)) for k, v in _OPTIONS.items()))
+        _demand(m, not any(callable(v) or (v and k.endswith("hooks")) for k, v in vars(m).items()))
+        _demand(m, getattr(m, "running_var", 0) is not None)
+        _demand(m, not isinstance(getattr(m, "padding", 0), str))
     if any(m.training for m in net.modules()):
         raise ValueError("certificates hold in eval mode; call net.eval() first")
     if not all(v.isfinite().all() for v in (*net.parameters(), *net.buffers(), x)):
         raise ValueError("NaN or infinity in the network or its input: nothing can be certified")
-    net = copy.deepcopy(net).double().requires_grad_(False)
-    hooks = [m.register_forward_hook(fits) for m in net.modules()]
-    if net(x[:1].detach().double()).dim() != 2:
-        raise ValueError("the network does not return logits [N,K]")
-    for hook in hooks:
-        hook.remove()
+    net = copy.deepcopy(net).double()
+    if x.dim() not in (2, 4) or net(x[:1].detach().double()).dim() != 2:
+        raise ValueError("need inputs [N,C,H,W] or [N,D], and a network that returns logits [N,K]")
     return net
 
 
 def _layers(m):
-    """The layers in order, those that do nothing in eval mode left out, one used twice as two."""
-    if type(m) in (Net, nn.Sequential):
-        parts = m if type(m) is nn.Sequential else (m.features, m.fc)
-        return [v for part in parts for v in _layers(part)]
-    return [] if type(m) in _IDLE else [m]
+    """The layers in order, one used twice as two."""
+    parts = m if type(m) is nn.Sequential else (m.features, m.fc) if type(m) is Net else None
+    return [m] if parts is None else [v for part in parts for v in _layers(part)]
 
 
 def _linear(m, x, f):
     """An affine layer without its constant and with f of its weights, such as their modulus."""
     if type(m) is nn.Conv2d:
-        return F.conv2d(x, f(m.weight), None, m.stride, m.padding, m.dilation, m.groups)
+        return F.conv2d(x, f(m.weight), None, m.stride, m.padding)
+    if type(m) is nn.Linear:
+        return F.linear(x, f(m.weight))
+    if type(m) is nn.BatchNorm2d:
+        return x * f(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
     if type(m) is Normalize:
+        _demand(m, (x / m.std).shape == x.shape)  # nothing is broadcast
         return x * f(1 / m.std)
-    if type(m) in _DIAGONAL:
-        scale = (m.running_var + m.eps).rsqrt() * (1 if m.weight is None else m.weight)
-        return x * f(scale).view(-1, *[1] * (x.dim() - 2))
-    return F.linear(x, f(m.weight)) if type(m) is nn.Linear else m(x)  # the others: no weights
+    return m(x)  # no weights
+
+
+def _carry(net, c, r, relu, f):
+    """c through `net` and beside it r, by `_linear` with f in affine layers, by `relu` in ReLUs."""
+    for m in _layers(net):
+        if type(m) is nn.ReLU:
+            c, r = relu(c, r)
+        elif type(m) in (Residual, Concat):
+            branches = getattr(m, "shortcut", nn.Identity()), m.body
+            both = zip(*(_carry(v, c, r, relu, f) for v in branches), strict=True)
+            c, r = (sum(v) if type(m) is Residual else torch.cat(v, 1) for v in both)
+        else:
+            c, r = m(c), _linear(m, r, f)
+    return c, r
 
 
 # ---- Global: |S(x) - S(y)| <= L ‖x - y‖ for all x, y.
 def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: int = 1) -> float:
     """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
 
-    On a torus of at least hw + 2 padding no window wraps that is kept, so that the circular
-    convolution is no smaller. It is block-diagonal in Fourier space (Sedghi et al. 2019), a stride
-    s putting s² blocks side by side. hw, stride, ...: numbers or pairs. ValueError for bad weights.
+    On a torus of at least hw + 2 padding no window that is kept wraps, so the circular convolution
+    is no smaller: block-diagonal in Fourier space (Sedghi et al. 2019), s² blocks side by side for
+    a stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights.
     """
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
-    w, cut, sizes = weight.detach().double(), [], []
+    w, sizes = weight.detach().cpu().double(), []
     axes = w.shape[2:], *map(_pair, (hw, stride, padding, dilation))
     for k, n, s, p, d in zip(*axes, strict=True):
         n = s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)  # 1×1: all frequencies are alike
-        cut.append(slice(0, d * (k - 1) + 1, d))
         sizes += [s, -(-n // s)]
-    s1, m1, s2, m2 = sizes
-    size = w.abs().max().clamp(min=1e-300)  # divided out, for squares neither vanish nor overflow
+    (s1, m1, s2, m2), (d1, d2), (k1, k2) = sizes, _pair(dilation), w.shape[2:]
     torus = w.new_zeros(*w.shape[:2], s1 * m1, s2 * m2)
-    torus[..., cut[0], cut[1]] = w / size
+    torus[..., ::d1, ::d2][..., :k1, :k2] = w
     k_hat = torch.fft.fft2(torus).view(groups, len(w) // groups, -1, s1, m1, s2, m2)
     blocks = k_hat[..., : m2 // 2 + 1].permute(4, 6, 0, 1, 2, 3, 5).flatten(4)  # the rest: conj.
-    gram = blocks.mH @ blocks if blocks.shape[-2] > blocks.shape[-1] else blocks @ blocks.mH
-    largest = torch.linalg.eigvalsh(gram)[..., -1].max().clamp(min=0) / (s1 * s2)
-    return (size * largest.sqrt()).item() * _UP
+    return torch.linalg.svdvals(blocks).max().item() / math.sqrt(s1 * s2) * _UP
 
 
 def _propagate(net, x, w):
@@ -618,30 +602,31 @@ def _propagate(net, x, w):
     with 1/t² + 1/t'² = 1 makes two 1-Lipschitz maps one: any ratio is sound.
     """
     for m in _layers(net):
+        y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
-            v = _propagate(m.shortcut, x, w) if type(m) is Residual else w
-            w = _propagate(m.body, x, w)
+            branches = getattr(m, "shortcut", nn.Identity()), m.body
+            _demand(m, type(m) is Concat or all(b(x).shape == y.shape for b in branches))
+            v, w = (_propagate(b, x, w) for b in branches)
             ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)
             v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()
             w = v.hypot(w) if type(m) is Residual else torch.cat([v, w])
         elif type(m) is nn.Linear:
-            w = w.new_full((len(m.weight),), conv_norm((m.weight * w)[:, :, None, None], 1))
+            _demand(m, x.dim() == 2)
+            w = w.new_full(y.shape[1:], conv_norm((m.weight * w)[..., None, None], 1))
         elif type(m) is nn.Conv2d:
-            v = w.view(m.groups, -1).repeat_interleave(len(m.weight) // m.groups, 0)
-            options = x.shape[2:], m.stride, m.padding, m.dilation, m.groups
-            w = w.new_full((len(v),), conv_norm(m.weight * v[:, :, None, None], *options))
+            norm = conv_norm(m.weight * w[:, None, None], hw, m.stride, m.padding)
+            w = w.new_full(y.shape[1:2], norm)
         elif type(m) in _DIAGONAL:
-            w = _linear(m, w.view(1, -1, *[1] * (x.dim() - 2)), torch.abs).flatten()
+            w = _linear(m, w.view(1, -1, 1, 1), torch.abs).flatten()
         elif type(m) in (nn.AvgPool2d, nn.MaxPool2d):  # a pixel is in so many windows
-            size, *more = map(_pair, (m.kernel_size, m.stride, getattr(m, "dilation", 1)))
-            spans = (-(-(d * (k - 1) + 1) // s) for k, s, d in zip(size, *more, strict=True))
-            share = 1 / math.prod(size) if type(m) is nn.AvgPool2d else 1
-            w = w * math.sqrt(math.prod(spans) * share)
+            size, stride = _pair(m.kernel_size), _pair(m.stride)
+            windows = math.prod(-(-k // s) for k, s in zip(size, stride, strict=True))
+            w = w * math.sqrt(windows / (1 if type(m) is nn.MaxPool2d else math.prod(size)))
         elif type(m) is nn.AdaptiveAvgPool2d:
-            w = w / x[0, 0].numel() ** 0.5
+            w = w / math.sqrt(hw.numel())
         elif type(m) is nn.Flatten:
-            w = w.repeat_interleave(x[0, 0].numel())
-        x = m(x)
+            w = w.repeat_interleave(hw.numel())
+        x = y
     return w
 
 
@@ -661,30 +646,25 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 
 # ---- Inside the linear region, where f(x + u) = z + A u and S(x + u) = -LSE(z + A u) is concave.
 @torch.no_grad()
-def linear_region(net: nn.Module, x: Tensor, chunk: int = 256) -> Region:
-    """The linear region of one input (Section 5): f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
+def linear_region(net: nn.Module, x: Tensor) -> Region:
+    """z [K], A [K,D], ε̂ (a float) of one input: f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
 
     Under the pattern of x, pre-activations are a_j + g_j·u; it holds where they keep their signs:
-    ε̂ = min_j |a_j| / ‖g_j‖, exact. x [C,H,W] or [D], or a batch of one, `chunk` columns at once.
+    ε̂ = min_j |a_j| / ‖g_j‖, exact (Section 5). x [C,H,W], [D] or a batch of one; D derivatives.
     """
     x = (x if x.dim() in (2, 4) else x[None]).detach().double()
     if len(x) != 1:
         raise ValueError(f"the linear region is that of one input, got {len(x)}")
-    net, kinks = _exact(net, x), []
-    for m in net.modules():
-        if type(m) in _KINKS:
-            m.register_forward_pre_hook(lambda m, a: kinks.append(a[0].flatten()))
+    net, ratios = _exact(net, x), [math.inf]
 
-    def f(x):
-        kinks.clear()
-        return net(x)[0], torch.cat([x.new_ones(1), *kinks])  # a constant never changes its sign
+    def relu(a, g):  # where g_j = 0, a_j is constant on the cell and no boundary
+        size = g.norm(dim=0)
+        ratios.append(torch.where(size > 0, a[0].abs() / size, math.inf).min().item())
+        return a.relu(), g * (a > 0)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's own, on forward derivatives
-        along = torch.func.vmap(lambda u: torch.func.jvp(f, (x,), (u,))[1], chunk_size=chunk)
-        A, g = along(torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape))
-    (z, a), g = f(x), g.norm(dim=0)  # where g_j = 0, a_j is constant on the cell and no boundary
-    return Region(z, A.T, torch.where(g > 0, a.abs() / g, math.inf).min().item())
+    u = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape[1:])
+    z, A = _carry(net, x, u, relu, lambda weight: weight)
+    return Region(z[0], A.T, min(ratios))
 
 
 def _tangent(z, A, gamma):
@@ -720,65 +700,51 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     return max(low, 2 * m / root) if root else math.inf
 
 
-# ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals forward and backward.
+# ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals forward and backward: with
+# centres c and radii r, autograd gives Wᵀ g_c and |W|ᵀ g_r in affine layers.
 class _Gate(torch.autograd.Function):
-    """(Leaky) ReLU of an interval (c, r); back, cotangent interval times derivative interval."""
+    """ReLU of an interval (c, r); backward, the cotangent interval times the derivative's."""
 
     @staticmethod
-    def forward(ctx, c, r, m):
-        low, high, slope = c - r, c + r, getattr(m, "negative_slope", 0.0)
-        ctx.low, ctx.high = (slope + (1 - slope) * v.to(c.dtype) for v in (low > 0, high >= 0))
-        return (m(low) + m(high)) / 2, (m(high) - m(low)) / 2
+    def forward(ctx, c, r):
+        low, high = c - r, c + r
+        ctx.low, ctx.high = (low > 0).to(c.dtype), (high >= 0).to(c.dtype)
+        return (low.relu() + high.relu()) / 2, (high.relu() - low.relu()) / 2
 
     @staticmethod
     def backward(ctx, g_c, g_r):
         a, b = g_c - g_r, g_c + g_r
         a, b = torch.minimum(a * ctx.low, a * ctx.high), torch.maximum(b * ctx.low, b * ctx.high)
-        return (a + b) / 2, (b - a) / 2, None
-
-
-def _box(net, c, r):
-    """Intervals, centre c and radius r, after `net`; back, autograd gives Wᵀ g_c and |W|ᵀ g_r."""
-    for m in _layers(net):
-        if type(m) in _KINKS:
-            c, r = _Gate.apply(c, r, m)
-        elif type(m) is Concat:
-            c, r = (torch.cat(pair, 1) for pair in zip((c, r), _box(m.body, c, r), strict=True))
-        elif type(m) is Residual:
-            pairs = zip(_box(m.body, c, r), _box(m.shortcut, c, r), strict=True)
-            c, r = (a + b for a, b in pairs)
-        else:
-            c, r = m(c), _linear(m, r, torch.abs)
-    return c, r
+        return (a + b) / 2, (b - a) / 2
 
 
 @torch.enable_grad()
 def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
 
-    Intervals contain all activations on the ball, hence all derivatives of ReLU, hence, backward,
-    all gradients of S, whose norm bounds S by the mean value theorem. Tends to ‖∇S‖ as eps -> 0:
-    the paper's argument as a theorem. Infinite where intervals overflow, as in deep networks.
+    Intervals contain all activations on the ball, so all derivatives of ReLU, so, backward, all
+    gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0: the paper's argument as a
+    theorem. Infinite where intervals overflow, as in deep networks.
     """
     x = x.detach().double().requires_grad_()
     layers = _layers(_exact(net, x))
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    zero = torch.zeros_like(x, requires_grad=True)
-    c, r, axes = x, zero, torch.ones_like(x)
+    c, r, axes = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
+    ends = x, r
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
         m = layers.pop(0)  # an ellipsoid while layers are diagonal; one more gives its exact box
         c, r, axes = m(c), _linear(m, r, torch.abs), _linear(m, axes, torch.square)
         if type(m) in (nn.Conv2d, nn.Linear):
             break
     r = r + eps.view(-1, *[1] * (c.dim() - 1)) * axes.sqrt()
-    c, r = _box(nn.Sequential(*layers), c, r)
+    c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs)
     low, high = (c - r).detach(), (c + r).detach()
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)
     most, least = (torch.where(own, -math.inf, v[:, None]).logsumexp(2) for v in (high, low))
     low, high = (low - most).sigmoid(), (high - least).sigmoid()  # softmax_i: z_i against the rest
-    g_c, g_r = torch.autograd.grad((c, r), (x, zero), ((low + high) / 2, (high - low) / 2))
+    g_c, g_r = torch.autograd.grad((c, r), ends, ((low + high) / 2, (high - low) / 2))
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
 
@@ -795,10 +761,9 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = True) -> di
     radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:]))}
     radii["local"] = torch.stack(local).amax(0)
     if regions:
-        cells = [linear_region(net, v[None]) for v in x]
-        sides = [id_radius if t <= gamma else ood_radius for t in s.tolist()]
-        inside = [min(v.eps_hat, f(v.z, v.A, gamma)) for f, v in zip(sides, cells, strict=True)]
-        radii["region"] = s.new_tensor(inside)
+        cells, sides = [linear_region(net, v[None]) for v in x], (id_radius, ood_radius)
+        inside = [min(v.eps_hat, max(f(v.z, v.A, gamma) for f in sides)) for v in cells]
+        radii["region"] = s.new_tensor(inside)  # the larger: that of the other side is 0
     return {name: r * _DOWN for name, r in radii.items()}
 
 
@@ -806,11 +771,10 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = True) -> di
 @torch.no_grad()
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
     """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
-    rows, size = [], max(1, 1024 // len(x))
-    for i in range(0, n, size):
-        shape = min(size, n - i), *x.shape
-        noise = torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
-        rows.append(score((x + sigma * noise).flatten(0, 1)).view(shape[:2]))
+    rows = []
+    for draws in torch.arange(n).split(max(1, 1024 // len(x))):
+        noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
+        rows.append(score((x + sigma * noise).flatten(0, 1)).view(len(draws), -1))
     return torch.cat(rows).T
 
 
@@ -843,7 +807,7 @@ def smoothing_radius(
 @torch.enable_grad()
 def attack(
     net: nn.Module, x: Tensor, gamma: float, eps: float | Tensor, steps=20, restarts=2,
-    clamp: tuple[float, float] | None = None, generator: Rng = None,
+    clamp: tuple[float, float] = (-math.inf, math.inf), generator: Rng = None,
 ) -> Attack:  # fmt: skip
     """Projected gradients on S toward the wrong side of γ within eps (ℓ2): verified flips only.
 
@@ -856,23 +820,21 @@ def attack(
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     limit = (eps * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), torch.zeros_like(eps)
-    ood = s_worst > gamma
-    sign = 1 - 2.0 * ood
+    sign = torch.where(s_worst > gamma, -1.0, 1.0)
     for restart in range(restarts):
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         u = F.normalize(u.flatten(1).double()) * limit * (restart > 0)
         for t in range(steps + 1):
             u = F.normalize(u, eps=1e-30) * u.norm(dim=1, keepdim=True).minimum(limit)
-            near = (x + u.view_as(x)).to(x.dtype)
-            near = (near if clamp is None else near.clamp(*clamp)).requires_grad_()
+            near = (x + u.view_as(x)).to(x.dtype).clamp(*clamp).requires_grad_()
             s = energy_score(net(near))
             (g,) = torch.autograd.grad((sign * s).sum(), near)
-            near, s, u = near.detach(), s.detach(), (near.detach().double() - x).flatten(1)
+            u = (near.detach().double() - x).flatten(1)
             i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)
-            worst[i], s_worst[i], distance[i] = near[i], s[i], u.norm(dim=1)[i]
+            worst[i], s_worst[i], distance[i] = near.detach()[i], s.detach()[i], u.norm(dim=1)[i]
             step = 2 * 4.0 ** (restart % 2 - 1) * (1 - t / (steps + 1))
             u = u + step * limit * F.normalize(g.flatten(1).double(), eps=1e-30)
-    flipped = (s_worst > gamma) != ood
+    flipped = (s_worst > gamma) == (sign > 0)
     return Attack(worst, s_worst, flipped, torch.where(flipped, distance, math.inf))
 
 
@@ -894,11 +856,9 @@ def absent(logits: Tensor) -> Tensor:
 def odin(
     net: nn.Module, x: Tensor, T=1000.0, eps=0.0014, std=(1.0,), K: int | None = None
 ) -> Tensor:
-    """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N], in eval mode.
-
-    MSP of the first K logits (default: all) at temperature T, of x moved by eps in [0,1] pixels (so
-    eps / std in units of x), in the direction that raises the predicted class's probability.
-    """
+    """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N], in eval mode. MSP of the first K
+    logits (default: all) at temperature T, of x moved by eps in [0,1] pixels (so eps / std in units
+    of x), in the direction that raises the predicted class's probability."""
     with eval_mode(net), torch.inference_mode(False), torch.enable_grad():
         x = x.clone().detach().requires_grad_()
         f = net(x)[:, :K] / T
@@ -928,11 +888,9 @@ def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = m
 
 
 def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[int], Tensor]:
-    """LINe's masks of the head from the class means z_class [K,d] of E[h | y = c]: c -> [K,d].
-
-    A feature's contribution to class c, E[h_j ∂f_c/∂h_j | y = c], is W_c ⊙ E[h | y = c]. Class c
-    keeps those above the p_a-th percentile, and of their products with the weights the p_w-th.
-    """
+    """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. A
+    feature's contribution to class c, E[h_j ∂f_c/∂h_j | y = c], is W_c ⊙ E[h | y = c]. Class c
+    keeps those above the p_a-th percentile, and of their products with the weights the p_w-th."""
     s = W * z_class
     activation = torch.stack([percentile(s_c, p_a) for s_c in s])
     weight = torch.stack([percentile(s_c.abs() * W, p_w) for s_c in s])
@@ -989,11 +947,9 @@ Fit = namedtuple("Fit", "p std W b clip mask masks")
 def fit_scores(
     net: nn.Module, z: Tensor, y: Tensor, p: PostHoc, std: Sequence = (1,), K: int | None = None
 ) -> Fit:
-    """Fit ReAct, DICE and LINe to training features z [N,d] (test transform) and labels y [N].
-
-    Only the first K outputs of net.fc count (default: all); an "absent" class has no training
-    images. ValueError if a class has no sample or a feature is not finite.
-    """
+    """Fit ReAct, DICE and LINe to training features z [N,d] (test transform) and labels y [N]. Only
+    the first K outputs of net.fc count (default: all); an "absent" class has no training images.
+    ValueError if a class has no sample or a feature is not finite."""
     W, b = net.fc.weight.detach()[:K], net.fc.bias.detach()[:K]
     one_hot = F.one_hot(y.long(), len(W)).to(z.dtype)
     n, V = one_hot.sum(0), W * z.mean(0)  # the contributions that DICE ranks
@@ -1034,11 +990,9 @@ def _vector(s):
 
 
 def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
-    """γ: the smallest value of s_in at or below which a share of at least tpr of s_in falls.
-
-    ⌈tpr·n⌉-th smallest, no interpolation: a rule that `predict` can use. ValueError unless tpr is
-    in (0, 1] and s_in, as for all metrics, a vector without NaN.
-    """
+    """γ: the smallest value of s_in at or below which a share of at least tpr of s_in falls, the
+    ⌈tpr·n⌉-th smallest, as `predict` can use it: no interpolation. ValueError unless tpr is in
+    (0, 1] and s_in, as for all metrics, a vector without NaN."""
     s_in, share = _vector(s_in), Fraction(str(float(tpr)))
     if not 0 < share <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr}")
