@@ -1181,9 +1181,9 @@ def open_image(path: str | Path) -> Any:
     from PIL import Image, ImageOps
 
     Image.MAX_IMAGE_PIXELS = 2**29  # the user named the file
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+    with open(path, "rb") as file:
+        try:
+            image = ImageOps.exif_transpose(Image.open(file))
             if image.mode[0] in "IF":  # more than 8 bits a channel, which Pillow would clip
                 low, high = image.getextrema()
                 if image.mode == "F" or low < 0 or high > 65535:
@@ -1193,31 +1193,22 @@ def open_image(path: str | Path) -> Any:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
-    except Exception as e:  # Pillow's decoders raise whatever they stumble over
-        if getattr(e, "errno", None):
-            raise
-        raise ValueError(f"{path} is not an image that can be read: {e}") from None
+        except Exception as e:  # Pillow's decoders raise whatever they stumble over
+            raise ValueError(f"{path} is not an image that can be read: {e}") from None
 
 
-def load_image(path: str | Path, size: int = 32, resize: bool = True) -> Tensor:
-    """An image file, its short side resized to `size` (from 128 on to size · 256 / 224, as usual
-    on ImageNet), centre crop: [1,size,size,3] uint8. ValueError if smaller than the crop."""
+def load_image(path: str | Path, size: int = 32) -> Tensor:
+    """An image, its short side resized to s = size (from 128 on s · 256 / 224): [1,s,s,3] uint8."""
     from torchvision.transforms import functional as T
 
-    image = open_image(path)
-    if resize:
-        most = 8 * min(image.size)  # the ends of a longer panorama are in no square crop
-        image = T.center_crop(image, [min(image.height, most), min(image.width, most)])
-        image = T.resize(image, size if size < 128 else size * 256 // 224, antialias=True)
-    elif min(image.size) < size:
-        raise ValueError(f"{path} is {image.size}, smaller than the crop of {size}×{size}")
+    image = T.resize(open_image(path), size if size < 128 else size * 256 // 224, antialias=True)
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
-def decode(files: Sequence[str | bytes], size: int, resize: bool = True) -> Tensor:
-    """Image files in memory, by threads: uint8 [N,size,size,3]. Raises as `load_image`."""
+def decode(files: Sequence[str | bytes], size: int) -> Tensor:
+    """Image files in memory, by threads: uint8 [N,size,size,3]. Raises as `open_image`."""
     with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda f: load_image(os.fsdecode(f), size, resize), files)
+        images = pool.map(lambda f: load_image(os.fsdecode(f), size), files)
         return torch.cat(list(bar(images, "decode", total=len(files))))
 
 
@@ -1244,8 +1235,8 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     """The arrays of numbers of an .npz, or of an .npy as "x" (mapped); ValueError for none."""
     import numpy as np
 
-    if not path.exists():
-        raise FileNotFoundError(f"no file or folder {path}, and no data set of that name")
+    if not os.access(path, os.R_OK):
+        raise FileNotFoundError(f"no file or folder {path} to read, and no data set of that name")
     arrays = {}
     try:
         loaded = np.load(path, mmap_mode="c", allow_pickle=False)  # pickles run code
@@ -1253,9 +1244,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         for name in loaded:
             with contextlib.suppress(ValueError, TypeError):  # objects or text beside the numbers
                 arrays[name] = torch.from_numpy(loaded[name])
-    except Exception as e:  # zip, zlib and NumPy each raise their own
-        if getattr(e, "errno", None):
-            raise
+    except Exception:  # zip, zlib and NumPy each raise their own
         arrays = {}
     if not arrays:
         raise ValueError(f"{path}: no array of numbers; give uint8 [N,H,W,3] in an .npy or .npz")
@@ -1272,9 +1261,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
     if y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
     if odd := sorted({*y.tolist()} ^ {*range(len(classes))})[:9]:
-        raise ValueError(
-            f"{what} needs labels, all of 0..{len(classes) - 1}; missing or beyond: {odd}"
-        )
+        raise ValueError(f"{what} needs all labels 0..{len(classes) - 1}; missing or beyond: {odd}")
     images, order = images._replace(y=y.long()), torch.Generator().manual_seed(0)
     in_order = (images.y.diff() >= 0).all()  # then the first N would not stand for them all
     return images.take(torch.randperm(len(y), generator=order)) if in_order else images
@@ -1312,18 +1299,17 @@ class Files(torch.utils.data.Dataset):
 
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
-    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    names = sorted(n for n in names if n[0] != "." and n != "__MACOSX")
+    names = [p.name for p in folder.glob("[!.]*") if p.is_dir() and p.name != "__MACOSX"]
     if not names:
         raise ValueError(f"{folder} has no folder of images for each class")
-    return sorted(names, key=int) if all(n.isdecimal() for n in names) else names
+    return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
 
 
-def class_images(folder: Path, names: Sequence[str], size: int) -> Images:
-    """The labelled images of the named class folders below a folder, as files."""
+def class_images(folder: Path, names: Sequence[str], size: int, lazy: bool = False) -> Images:
+    """The labelled images of the named class folders below a folder, decoded or (lazy) as files."""
     found = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
     files, y = zip(*found, strict=True)
-    return Images(Files(files, size), torch.tensor(y), tuple(names))
+    return Images((Files if lazy else decode)(files, size), torch.tensor(y), tuple(names))
 
 
 # ---- Published sets: name, address, md5, what it becomes below the root, number of images.
@@ -1342,7 +1328,7 @@ places {_MOS}/Places.tar.gz b5cb5eba2754ae2a28beea8718db699a Places 1e4
 random300k {_CAL}/300K_random_images.npy 64ca64357de98351f28454274a112dc3 300K_random_images.npy 0
 densenet121 {_TORCH}/densenet121-a639ec97.pth - densenet121-a639ec97.pth 0
 """
-SOURCES = {row.split()[0]: row.split()[1:] for row in _SOURCES.strip().splitlines()}
+SOURCES = {name: rest for name, *rest in map(str.split, _SOURCES.strip().splitlines())}
 PAPER_OOD = ("svhn", "textures", "places365", "lsun_c", "lsun_r", "isun")  # of Tables 1 and 2
 IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
@@ -1354,9 +1340,8 @@ def published(name: str, root: str | Path, download: bool) -> Any:
 
     def get(download):
         if name not in SOURCES:
-            kind, parts = getattr(datasets, name.upper()), (True, False)
-            parts = ("test",) if name == "svhn" else parts
-            return [kind(str(root), part, download=download) for part in parts]
+            parts = ("test",) if name == "svhn" else (True, False)
+            return [getattr(datasets, name.upper())(str(root), p, download=download) for p in parts]
         url, md5, target, _ = SOURCES[name]
         path, file, web = Path(root, target), Path(url.partition("?")[0]).name, datasets.utils
         md5 = None if md5 == "-" else md5
@@ -1391,15 +1376,13 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     if odd or not 2 <= len({*names}) == len(names) < len(known):
         raise ValueError(f"imagenet:NUMBER or :NAME,NAME is two to all but one; {root} lacks {odd}")
     if part == "aux":
-        rest = class_images(root / "train", [n for n in known if n not in names], size)
-        return Images(rest.x)
-    return class_images(root / part, names, size)
+        part, names = "train", [n for n in known if n not in names]
+    return class_images(root / part, names, size, part == "train")
 
 
 def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
-    """Training and test `Images`: cifar10, cifar100, synthetic, imagenet or imagenet:CLASSES; an
-    .npz with x_train, y_train, x_test, y_test; or a folder of train|test/CLASS folders, size×size.
-    """
+    """Training and test `Images`: cifar10, cifar100, synthetic, imagenet[:CLASSES]; an .npz with
+    x_train, y_train, x_test, y_test; or a folder of train|test/CLASS folders, made size×size."""
     (kind, _, classes), path = name.partition(":"), Path(name).expanduser()
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
@@ -1409,8 +1392,8 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
         both, tensor = published(name, root, download), torch.tensor
         sets = [Images(tensor(s.data), tensor(s.targets), tuple(s.classes)) for s in both]
     elif path.is_dir():
-        names, others = class_folders(path / "train"), class_folders(path / "test")
-        if odd := sorted({*names} ^ {*others})[:9]:
+        names = class_folders(path / "train")
+        if odd := sorted({*names} ^ {*class_folders(path / "test")})[:9]:
             raise ValueError(f"{path}/train and test need the same class folders; one lacks {odd}")
         remark(f"the images of {path} become {size}×{size} (--size)")
         sets = [class_images(path / part, names, size) for part in ("train", "test")]
@@ -1421,10 +1404,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
         x, y, x_test, y_test = (arrays[k] for k in keys)
         names = tuple(str(c) for c in range(len(y.unique())))
         sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, 0, 0)[2]
-    train, test = sets
-    test = test._replace(x=test.pixels(slice(None)))  # ImageNet's training images stay files
-    train = train if kind == "imagenet" else train._replace(x=train.pixels(slice(None)))
-    return check_set(train, size, f"{name}, train,"), check_set(test, size, f"{name}, test,")
+    return check_set(sets[0], size, f"{name}, train,"), check_set(sets[1], size, f"{name}, test,")
 
 
 def path_stem(name: str) -> str:
@@ -1437,21 +1417,19 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
     if not path and name in _OOD:
         return synthetic(name)
-    if not path and name == "svhn":
-        x = torch.from_numpy(published(name, root, download)[0].data)
-        return Images(x.permute(0, 2, 3, 1).contiguous())
-    if not path and name not in SOURCES:
+    if not path and name not in ("svhn", *SOURCES):
         known = ", ".join(sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD}))
         raise ValueError(f"no OOD set {name!r}: NAME=PATH, available, synthetic or one of {known}")
     where = Path(path).expanduser() if path else published(name, root, download)
+    if isinstance(where, list):  # SVHN
+        return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
     if where.is_dir():
         files = image_files(where)
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
-        # Of Places365 always the same 10,000, as in the paper; LSUN-C's 36×36 are cropped.
-        return Images(
-            decode(files if path else files[:10000], size, bool(path) or name != "lsun_c")
-        )
+        edge = 2 if name == "lsun_c" and not path else 0  # LSUN-C's 36×36 are cropped
+        x = decode(files if path else files[:10000], size + 2 * edge)  # Places365: as in paper
+        return Images(x[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
@@ -1468,7 +1446,7 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, classes = name.partition(":")
     if kind == "imagenet":
-        return load_imagenet("aux", Path(root, kind), classes, size)
+        return Images(load_imagenet("aux", Path(root, kind), classes, size).x)
     if name == "synthetic":
         return synthetic("aux")
     images = unlabelled(name, "" if name == "random300k" else name, root, download, size, "train")
@@ -1485,12 +1463,11 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
             raise ValueError(f"--ood {item}: the name {name!r} is taken")
         try:
             images = unlabelled(name, path, root, download, size, "test")
+            sets[name] = check_set(images, size, f"--ood {item}")
         except FileNotFoundError:
             if spec != "available":
                 raise
             left_out.append(name)
-        else:
-            sets[name] = check_set(images, size, f"--ood {item}")
     if not sets:
         raise ValueError(f"no OOD set to evaluate on: name some of {', '.join(PAPER_OOD)} (--ood)")
     return sets, left_out

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import functools
 import hashlib
-import http.server
 import io
 import itertools
 import json
@@ -26,7 +25,6 @@ import signal
 import subprocess
 import symtable
 import sys
-import tarfile
 import tempfile
 import threading
 import warnings
@@ -1032,628 +1030,336 @@ def test_metrics_take_a_vector_of_scores_and_nothing_else(metric):
 
 
 # ---- Data (section 7)
+TWO, THREE = pixels(0, 2, 32, 32, 3).numpy(), pixels(1, 3, 32, 32, 3).numpy()
 
 
-@given(seeds, st.integers(1, 6), st.integers(5, 9), st.integers(5, 9), st.integers(1, 4))
-def test_every_augmented_image_is_a_crop_of_the_padded_image_or_its_mirror(seed, n, h, w, pad):
-    x = pixels(seed, n, h, w, 3)
-    out = greg.augment(x, generator(seed), *[pad] * (pad != 4))
-    assert torch.equal(out, greg.augment(x, generator(seed), pad))
-    padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    for image, whole in zip(out.numpy(), padded, strict=True):
-        corners = itertools.product(range(2 * pad + 1), repeat=2)
-        crops = (whole[a : a + h, b : b + w] for a, b in corners)
-        assert any((image == c).all() or (image == c[:, ::-1]).all() for c in crops)
+def test_augmented_images_are_all_crops_of_the_padded_image_and_its_mirror_equally_often():
+    n, h, w, pad = 20000, 6, 9, 4
+    marks, x = np.stack(np.mgrid[1 : h + 1, 1 : w + 1], -1), np.zeros((n, h, w, 3), np.uint8)
+    x[..., :2], x[..., 2] = marks, np.arange(n)[:, None, None] % 255
+    out = greg.augment(torch.from_numpy(x), generator(0)).numpy()
+    whole, corners = np.pad(marks, ((pad, pad), (pad, pad), (0, 0))), range(2 * pad + 1)
+    crops = [whole[a : a + h, b : b + w] for a in corners for b in corners]
+    crops = np.unique([c[:, ::s].flatten() for c in crops for s in (1, -1)], axis=0)
+    found, counts = np.unique(out[..., :2].reshape(n, -1), axis=0, return_counts=True)
+    np.testing.assert_array_equal(found, crops)
+    assert ((counts - n / 162) ** 2 / (n / 162)).sum() < 161 + 5 * 322**0.5  # χ², 5 σ
+    np.testing.assert_array_equal(out[..., 2], np.where(out[..., 0] > 0, x[..., 2], 0))
 
 
-def test_all_81_offsets_occur_equally_often_and_half_of_the_images_are_flipped():
-    n, marks = 20000, torch.arange(256, dtype=torch.int32).byte().view(1, 16, 16, 1)
-    out = greg.augment(marks.expand(n, 16, 16, 3), generator(0))[:, :, :, 0].int()
-    middle, flipped = out[:, 8, 8], out[:, 8, 9] < out[:, 8, 8]
-    assert abs(flipped.double().mean() - 0.5) < 4 * 0.5 / n**0.5
-    # crop column 8 shows image column 8 + dx - 4, or 7 + dx - 4 from the mirrored crop
-    dy, dx = middle // 16 - 4, middle % 16 - torch.where(flipped, 3, 4)
-    counts, want = torch.bincount(dy * 9 + dx, minlength=81), n / 81
-    assert len(counts) == 81
-    assert ((counts - want).square() / want).sum() < 80 + 5 * (2 * 80) ** 0.5  # χ², 5 σ
-
-
-@given(seeds)
-def test_normalise_agrees_with_numpy_in_float64(seed):
-    x = pixels(seed, 5, 6, 7, 3)
+def test_normalise_agrees_with_numpy_and_the_published_constants_stand():
+    x = pixels(0, 5, 6, 7, 3)
     a = x.numpy() / 255.0
     mean, std = a.mean((0, 1, 2)), a.std((0, 1, 2))
     z = greg.normalise(x, mean.tolist(), std.tolist())
     assert z.is_contiguous() and z.dtype == torch.float32
     np.testing.assert_allclose(z, ((a - mean) / std).transpose(0, 3, 1, 2), atol=1e-5)
     refuses(lambda: greg.normalise(x.float(), mean, std), "uint8", "float32")
-
-
-def test_the_statistics_of_the_published_sets():
     assert greg.STATS["cifar10"] == ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     assert greg.STATS["cifar100"] == ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
     assert greg.STATS["imagenet"] == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert greg.STATS["dice"] == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-    assert greg.PAPER_OOD == ("svhn", "textures", "places365", "lsun_c", "lsun_r", "isun")
-    assert greg.IMAGENET_OOD == ("inaturalist", "sun", "places", "textures")
+    counts = {name: float(count) for name, (*_, count) in greg.SOURCES.items()}
+    others = {"textures": 5640, "places365": 36500, "isun": 8925, "random300k": 0, "densenet121": 0}
+    assert counts == dict.fromkeys(counts, 1e4) | others
 
 
-SYNTHETIC_SPLITS = ("train", "test", "aux", *greg._OOD)
-
-
-@given(st.sampled_from(SYNTHETIC_SPLITS), st.integers(1, 40), st.integers(0, 10**6))
-def test_the_synthetic_benchmark_is_a_function_of_split_size_and_seed(split, n, seed):
-    a, b = (greg.synthetic(split, n, seed) for _ in range(2))
-    assert a.x.shape == (n, 32, 32, 3) and a.x.dtype == torch.uint8 and torch.equal(a.x, b.x)
-    assert not torch.equal(a.x, greg.synthetic(split, n, seed + 1).x)
-    assert (a.y is not None) == (len(a.classes) == 10) == (split in ("train", "test"))
-    assert a.y is None or torch.equal(a.y, b.y)
-
-
-def test_synthetic_sets_are_balanced_disjoint_and_refused_if_unknown(monkeypatch):
-    train = greg.synthetic("train", 503)
-    assert set(torch.bincount(train.y, minlength=10).tolist()) == {50, 51}
-    images = torch.cat([greg.synthetic(split, 60).x for split in SYNTHETIC_SPLITS]).flatten(1)
-    assert len(images.unique(dim=0)) == len(images)
+def test_the_built_in_benchmark_is_fixed_balanced_and_without_repeats():
+    """Results are of these figures: rounding may change from version to version, they may not."""
+    sums = -425, 58396, -13777, -60909, 52927, -12108, 27757, -54723, 1821  # under white noise
+    for split, want in zip(greg.SYNTHETIC, sums, strict=True):
+        images, noise = greg.synthetic(split, 60, seed=3), normal(0, 60, 32, 32, 3)
+        assert (images.x * noise).sum().item() == pytest.approx(want, abs=200), split
+        assert images.x.dtype == torch.uint8 and (images.y is None) == (len(images.classes) == 0)
     for split, n in ("nothing", 3), ("train", 0), ("aux", -1):
-        refuses(lambda s=split, n=n: greg.synthetic(s, n), split, str(n), "shards")
-    monkeypatch.setattr(greg, "synthetic", lambda split: greg.Images(split))
-    monkeypatch.setattr(greg, "check_set", lambda images, *_: images)
-    sets, left_out = greg.load_ood(["synthetic"])
-    assert {k: v.x for k, v in sets.items()} == {k: k for k in greg._OOD} and left_out == []
-    assert [v.x for v in greg.load_id("synthetic")] == ["train", "test"]
-    assert greg.load_aux("synthetic").x == "aux"
-    monkeypatch.undo()
-
-    def stop(n, generator):
-        raise StopIteration(n)
-
-    monkeypatch.setattr(torch, "randperm", stop)
-    for split, n in {"train": 5000, "test": 2000, "aux": 10000, "rays": 1000}.items():
-        with pytest.raises(StopIteration, match=str(n)):
-            greg.synthetic(split)
-
-
-def family_inside(family, z=None, n=64):
-    """Where n figures of a family are, at points z = x + iy (a grid of [-1.25, 1.25]²): bool."""
-    t, g = torch.linspace(-1.25, 1.25, 101), generator(0)
-
-    def draw(low, high, *shape):
-        return torch.rand(n, *shape, 1, 1, generator=g) * (high - low) + low
-
-    z = t + 1j * t[:, None] if z is None else z
-    return greg._distance(family, z.expand(n, *z.shape), draw) < 0
-
-
-def test_the_id_figures_have_their_areas_symmetries_and_outlines():
-    areas = {"disc": math.pi * 0.85**2, "triangle": 0.75 * 3**0.5, "square": 2, "cross": 1.92}
-    areas["star"] = 5 * 0.4 * math.sin(math.pi / 5)  # ten triangles of sides 1 and 0.4
-    for family, area in areas.items():
-        fill, edge = (family_inside(f, n=1)[0] for f in (family, "outlined " + family))
-        assert fill.sum().item() * 0.025**2 == pytest.approx(area, rel=0.02), family
-        assert fill[50, 50] and not edge[50, 50] and (fill | ~edge).all()
-        assert 0.25 * fill.sum() < edge.sum() < 0.95 * fill.sum()
-        assert (fill == fill.flip(0)).double().mean() > 0.98, family
-
-
-def test_auxiliary_and_ood_figures_are_what_their_names_say():
-    """Radius, area, and crossings of the outline on circles: no ID class has as many as lobes."""
-    shares = {  # family: mean share of the square, least spread of it, least and most radius
-        "lobes": (0.253, 0.04, 0.4, 1.2),
-        "unions": (0.195, 0.05, 0.6, 2.0),
-        "crescents": (0.146, 0.02, 0, 0.86),
-        "spirals": (0.147, 0, 0.9, 1.01),
-        "strokes": (0.167, 0.02, 0, 1.54),
-        "cells": (0.161, 0.03, 0.9, 1.01),
-        "shards": (0.52, 0.1, 0, 2),
-    }
+        refuses(functools.partial(greg.synthetic, split, n), split, str(n), "shards")
+    (train, test), aux = greg.load_id("synthetic"), greg.load_aux("synthetic")
+    assert len(train.classes) == 10 and (torch.bincount(train.y) == 500).all()
+    assert [len(s.x) for s in (train, test, aux)] == [5000, 2000, 10000] and aux.y is None
+    assert len({x.numpy().tobytes() for x in torch.cat([train.x, test.x, aux.x])}) == 17000
+    ood, left_out = greg.load_ood(["synthetic"])
+    assert {k: len(v.x) for k, v in ood.items()} == dict.fromkeys(greg._OOD, 1000) and not left_out
     t = torch.linspace(-1.25, 1.25, 101)
-    r = torch.hypot(t, t[:, None])
-    for family, (mean, spread, least, most) in shares.items():
-        inside = family_inside(family)
-        share, radius = inside.double().mean((1, 2)), (inside * r).amax((1, 2))
-        assert share.mean() == pytest.approx(mean, rel=0.1) and share.std() >= spread, family
-        assert radius.min() > least and radius.max() < most, family
-    circles = torch.polar(torch.linspace(0.2, 1.2, 21)[:, None], torch.arange(0.002, 6.283, 0.01))
-    turns = {f: family_inside(f, circles).int() for f in ("lobes", "rays", "spirals", "unions")}
-    turns = {f: (v != v.roll(1, 2)).sum(2) for f, v in turns.items()}
-    assert set(turns["rays"].unique().tolist()) == {6, 8, 10, 12}
-    lobes = turns["lobes"].amax(1)
-    assert lobes.min() >= 12 and lobes.max() in (24, 48) and len(lobes.unique()) > 5
-    assert turns["spirals"][:, 1:15].float().mean() == 2  # one arm at every radius
-    assert 6 <= turns["unions"].amax(1).min()
+    areas = {"disc": math.pi * 0.85**2, "triangle": 0.75 * 3**0.5, "square": 2, "cross": 1.92}
+    for family, area in areas.items():
+        inside = greg._distance(family, t + 1j * t[:, None], None) < 0
+        assert inside.sum().item() * 0.025**2 == pytest.approx(area, rel=0.02), family
 
 
-def write_id(path, **changes):
-    arrays = {
-        "x_train": pixels(0, 6, 8, 8, 3).numpy(),
-        "y_train": np.array([0, 1, 2, 0, 1, 2]),
-        "x_test": pixels(1, 3, 8, 8, 3).numpy(),
-        "y_test": np.array([2, 0, 1], np.uint8),
-    } | changes
-    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
-    return arrays
-
-
-def test_id_arrays_come_back_as_they_were_saved(tmp_path):
-    arrays = write_id(tmp_path / "mine.v2.npz", names=np.array(["cat", None], object))
-    sets = greg.load_id(str(tmp_path / "mine.v2.npz"))
-    for part, images in zip(("train", "test"), sets, strict=True):
-        np.testing.assert_array_equal(images.x, arrays["x_" + part])
-        np.testing.assert_array_equal(images.y, arrays["y_" + part])
-        assert images.classes == ("0", "1", "2")
-        assert images.y.dtype == torch.int64
-    kept = sets[0].take(slice(1, 3))
-    assert kept.y.tolist() == [1, 2] and torch.equal(kept.pixels(slice(1)), sets[0].x[1:2])
-    write_id(tmp_path / "order.npz", y_train=np.array([0, 0, 1, 1, 2, 2]))
-    train, again = (greg.load_id(str(tmp_path / "order.npz"))[0] for _ in range(2))
-    assert (train.y.diff() < 0).any() and torch.equal(train.x, again.x)  # not in order of class
-    rows = {(int(y), *x.flatten().tolist()) for x, y in zip(train.x, train.y, strict=True)}
-    assert rows == {(i // 2, *x.flatten().tolist()) for i, x in enumerate(arrays["x_train"])}
-
-
-def test_malformed_id_arrays_are_refused_and_named(tmp_path):
-    u8, nhwc = np.uint8, "must be uint8 [N,8,8,3]"
+def test_id_arrays_are_kept_but_for_an_order_by_class_and_malformed_ones_named(tmp_path):
+    path, u8, nhwc = tmp_path / "a.v2.npz", np.uint8, "must be uint8 [N,8,8,3]"
+    arrays = {"x_train": pixels(0, 6, 8, 8, 3).numpy(), "y_train": np.arange(6) // 2}
+    arrays |= {"x_test": pixels(1, 3, 8, 8, 3).numpy(), "y_test": np.array([2, 0, 1], u8)}
+    np.savez(path, **arrays, names=np.array(["cat", None], object))
+    train, test = greg.load_id(str(path))
+    np.testing.assert_array_equal(test.x, arrays["x_test"])
+    assert torch.equal(test.y, torch.tensor([2, 0, 1])) and test.classes == ("0", "1", "2")
+    order = [arrays["x_train"].tolist().index(x) for x in train.x.tolist()]
+    assert sorted(order) == [*range(6)] and (train.y.diff() < 0).any()
+    assert train.y.tolist() == [i // 2 for i in order]
     for key, bad, *words in (
         ("x_train", np.zeros((6, 8, 8, 3), np.float32), "train, " + nhwc, "float32"),
-        ("x_train", np.zeros((6, 3, 8, 8), u8), "train, " + nhwc, "[6, 3, 8, 8]"),
         ("x_train", np.zeros((0, 8, 8, 3), u8), "train, " + nhwc, "[0, 8, 8, 3]"),
         ("x_train", np.zeros((6, 192), u8), "[6, 192]"),
         ("x_test", np.zeros((3, 9, 8, 3), u8), "test, " + nhwc, "[3, 9, 8, 3]"),
         ("y_train", np.arange(3), "6 integer labels", "[3]"),
         ("y_train", np.arange(6.0) % 3, "integer labels", "float64"),
-        ("y_train", np.eye(6, dtype=int), "6 integer labels", "[6, 6]"),
-        ("y_train", np.array([-1, 0, 1, 2, 0, 1]), "all of 0..3", "[-1, 3]"),
-        ("y_train", np.array([1, 2, 3, 1, 2, 3]), "all of 0..2", "[0, 3]"),
+        ("y_train", np.array([-1, 0, 1, 2, 0, 1]), "labels", "0..3", "[-1, 3]"),
         ("y_test", np.array([0, 1, 3]), "test, needs", "0..2", "[2, 3]"),
-        ("y_test", None, "['y_test']", "x_train"),
-        ("y_train", np.array([0, 1, 2, 0, 1, None]), "['y_train']"),
-        ("y_train", np.array(list("abcabc")), "['y_train']"),
+        ("y_test", np.array(["a", "b", "c"]), "['y_test']", "x_train"),
     ):
-        write_id(tmp_path / "bad.npz", **{key: bad})
-        refuses(lambda: greg.load_id(str(tmp_path / "bad.npz")), "bad.npz", *words)
+        np.savez(path, **arrays | {key: bad})
+        refuses(lambda: greg.load_id(str(path)), path.name, *words)
 
 
-@given(st.floats(0, 0.999), st.sampled_from([".npy", ".npz"]))
-def test_a_truncated_array_file_is_refused_and_named(tmp_path_factory, share, suffix):
-    path = tmp_path_factory.mktemp("cut") / ("x" + suffix)
-    (np.save if suffix == ".npy" else np.savez)(path, pixels(0, 4, 32, 32, 3).numpy())
-    os.truncate(path, int(share * path.stat().st_size))
-    refuses(lambda: greg.load_aux(str(path)), path.name, "no array of numbers", "give uint8")
+def test_a_file_of_another_kind_or_a_damaged_one_is_refused_in_one_true_sentence(tmp_path):
+    def saved(save, *what):
+        save(out := io.BytesIO(), *what)
+        return out.getvalue()
 
-
-def test_a_file_of_another_kind_is_refused_in_one_true_sentence(tmp_path):
-    import zipfile
-
-    x = np.zeros((8, 32, 32, 3), np.uint8)
-    torch.save(torch.from_numpy(x), tmp_path / "t.pt")
-    (tmp_path / "c.csv").write_text("1,2\n")
-    (tmp_path / "m.mat").write_bytes(b"MATLAB 5.0 MAT-file, Platform: any" + bytes(200))
-    with zipfile.ZipFile(tmp_path / "pics.zip", "w") as file:
-        file.writestr("a.png", b"...")
-    np.save(tmp_path / "o.npy", np.array([None, 1], object), allow_pickle=True)
-    np.savez(tmp_path / "none.npz")
-    np.savez(tmp_path / "half.npz", x=x, y=x)
-    damaged = bytearray((tmp_path / "half.npz").read_bytes())
-    damaged[-30000] ^= 1  # in y alone
-    (tmp_path / "half.npz").write_bytes(damaged)
-    for name in "t.pt", "c.csv", "m.mat", "pics.zip", "o.npy", "none.npz", "half.npz":
-        load = functools.partial(greg.load_ood, [f"o={tmp_path / name}"])
-        refuses(load, name, "no array of numbers", ".npy or .npz")
-    for load in greg.load_id, greg.load_aux, lambda name: greg.load_ood([f"a={name}"]):
-        words = "no file or folder nowhere.npz"
-        refuses(functools.partial(load, "nowhere.npz"), words, error=FileNotFoundError)
-
-
-TWO, THREE = pixels(0, 2, 32, 32, 3).numpy(), pixels(1, 3, 32, 32, 3).numpy()
+    x, path = pixels(0, 8, 32, 32, 3).numpy(), tmp_path / "o.npy"
+    npy, npz, zipped = saved(np.save, x), saved(np.savez, x, x), saved(lambda f: torch.save(1, f))
+    bad = [whole[:n] for whole in (npy, npz) for n in (0, 9, 300, 20000, 24600)]
+    bad += [npz[:40000] + b"damaged" + npz[40007:], zipped, b"1,2\n", b"MATLAB 5.0" + bytes(200)]
+    for content in bad:
+        path.write_bytes(content)
+        refuses(lambda: greg.load_ood([f"o={path}"]), "o.npy: no array of numbers", "give uint8")
+    refuses(lambda: greg.load_id("no.npz"), "no file or folder no.npz", error=FileNotFoundError)
 
 
 def test_of_several_arrays_the_images_are_chosen_by_fit_and_named_or_none(tmp_path, capsys):
-    path, objects = str(tmp_path / "many.npz"), np.array(["cat", None], object)
-    for (
-        arrays,
-        *names,
-    ) in (  # arrays of an .npz, those used as OOD and as auxiliary images, or refused
-        ({"anything": TWO}, "anything", "anything"),
-        ({"labels": np.arange(3), "images": THREE}, "images", "images"),
-        ({"x": TWO, "names": objects}, "x", "x"),
-        ({"a": THREE, "x": TWO}, "x", "x"),
-        ({"x_train": TWO, "y_train": np.arange(2), "x_test": THREE}, "x_test", "x_train"),
-        (
-            {"train_images": THREE, "test_images": TWO, "test_depth": TWO[..., :1]},
-            "test_images",
-            "train_images",
-        ),
-        ({"a": TWO, "b": THREE}, None, None),
-        ({"test_a": TWO, "test_b": THREE, "train_a": TWO, "train_b": THREE}, None, None),
-        ({"x": TWO.astype(np.float32)}, None, None),
+    path, depth, y = str(tmp_path / "many.npz"), TWO[..., :1], np.arange(3)
+    bomb = type("", (), {"__reduce__": lambda self: (pytest.fail, ("a pickle was run",))})()
+    for ood, aux, arrays in (  # the name used as OOD and as auxiliary images, or neither
+        ("any", "any", {"any": TWO, "objects": np.array(bomb, object)}),
+        ("x", "x", {"a": THREE, "x": TWO}),
+        ("x_test", "x_train", {"x_train": TWO, "y_train": y, "x_test": THREE}),
+        ("test_im", "train_im", {"train_im": TWO, "test_im": THREE, "test_depth": depth}),
+        (None, None, {"test_a": TWO, "test_b": THREE, "train_a": TWO, "train_b": THREE}),
+        (None, None, {"x": TWO.astype(np.float32), "y": y}),
     ):
         np.savez(path, **arrays)
         loads = (lambda: greg.load_ood(["o=" + path])[0]["o"]), (lambda: greg.load_aux(path))
-        for load, name in zip(loads, names, strict=True):
+        for load, name in zip(loads, (ood, aux), strict=True):
             if name is None:
                 refuses(load, "many.npz holds", *(f"{k} {a.dtype}" for k, a in arrays.items()))
-                continue
-            np.testing.assert_array_equal(load().x, arrays[name])
-            several = sum(a.dtype != object for a in arrays.values()) > 1
-            assert (f"{name} is used" in capsys.readouterr().err) == several
-
-
-def test_an_npy_is_mapped_not_read_and_never_written(tmp_path):
-    np.save(tmp_path / "x.npy", TWO)
-    images, before = greg.load_aux(str(tmp_path / "x.npy")), (tmp_path / "x.npy").read_bytes()
-    maps = Path("/proc/self/maps")
-    assert not maps.exists() or str(tmp_path / "x.npy") in maps.read_text()
-    np.testing.assert_array_equal(images.x, TWO)
-    images.x[0] = 0
-    assert (tmp_path / "x.npy").read_bytes() == before and images.y is None
-    refuses(lambda: greg.load_aux(str(tmp_path / "x.npy"), size=16), "--aux", "x.npy", "16,16")
+            else:
+                np.testing.assert_array_equal(load().x, arrays[name])
+                assert (f"{name} is used" in capsys.readouterr().err) == (name != "any")
+    np.save(path := tmp_path / "x.npy", TWO)
+    x, before, maps = greg.load_aux(str(path)).x, path.read_bytes(), Path("/proc/self/maps")
+    assert not maps.exists() or str(path) in maps.read_text()  # mapped, not read
+    x[0] = 0
+    assert path.read_bytes() == before and x[1:].tolist() == TWO[1:].tolist()
+    refuses(lambda: greg.load_aux(str(path), size=16), "--aux", "x.npy", "16,16")
 
 
 def draw_tree(root, parts=("train", "test"), classes=("cat", "dog"), n=2, size=(32, 32)):
-    """Image k of class j of part i, the colour (40 i + k, 20 j, 7), in root/part/class/k.png."""
+    """Image k of class j of part i, of colour (40 i + k, 20 j, noise), in root/part/class/k.png."""
     for (i, part), (j, name) in itertools.product(enumerate(parts), enumerate(classes)):
         (root / part / name).mkdir(parents=True)
-        for k in range(n):
-            Image.new("RGB", size, (40 * i + k, 20 * j, 7)).save(root / part / name / f"{k}.png")
+        for k, a in enumerate(pixels(i, n, *size[::-1], 3).numpy()):
+            a[..., :2] = 40 * i + k, 20 * j
+            Image.fromarray(a).save(root / part / name / f"{k}.png")
     return root
 
 
-class_names = st.sets(st.sampled_from("a Z ü1 b.x 0 3 10 2 _c".split()), min_size=2, max_size=5)
-
-
-@given(class_names, st.booleans())
-@settings(max_examples=12)
-def test_class_folders_are_sorted_as_numbers_if_all_are_and_must_agree(
-    tmp_path_factory, names, numbers
-):
-    root, names = tmp_path_factory.mktemp("tree"), ["11", "9", "100"] if numbers else [*names]
-    draw_tree(root, classes=names, size=(40, 50))
+@pytest.mark.parametrize("names", [["11", "9", "100"], ["b.x", "Z", "ü1", "0", "_c", "10"]])
+def test_class_folders_are_sorted_as_numbers_if_all_are_and_must_agree(tmp_path, capsys, names):
+    draw_tree(tmp_path, classes=names, size=(40, 50))
     for part, litter in itertools.product(("train", "test"), (".cache", "__MACOSX")):
-        (root / part / litter).mkdir()
-    sets, want = greg.load_id(str(root), size=8), sorted(names)
-    want = sorted(names, key=int) if all(n.isdecimal() for n in names) else want
-    for i, images in enumerate(sets):
-        assert list(images.classes) == want
-        colours = {(*x, int(y)) for x, y in zip(images.x[:, 0, 0].tolist(), images.y, strict=True)}
-        order = enumerate(names)
-        assert colours == {(40 * i + k, 20 * j, 7, want.index(n)) for j, n in order for k in (0, 1)}
-    (root / "test" / want[0]).rename(root / "test" / "new")
-    refuses(lambda: greg.load_id(str(root)), "same class folders", str(sorted([want[0], "new"])))
-    (root / "test").rename(root / "tset")
-    refuses(lambda: greg.load_id(str(root)), "test", "no folder of images for each class")
+        (tmp_path / part / litter).mkdir()
+    want = sorted(names, key=int if names[0].isdecimal() else None)
+    for i, images in enumerate(greg.load_id(str(tmp_path), size=8)):
+        assert list(images.classes) == want and images.x.shape == (2 * len(names), 8, 8, 3)
+        assert set((images.x[:, 0, 0, 0] // 40).tolist()) == {i}
+    assert "8×8 (--size)" in capsys.readouterr().err
+    (tmp_path / "test" / want[0]).rename(tmp_path / "test" / "new")
+    refuses(lambda: greg.load_id(str(tmp_path)), "same class folders", f"'{want[0]}'", "'new'")
 
 
 def test_what_a_folder_holds_beside_images_is_passed_over_or_counted_and_named(tmp_path, capsys):
     root, other = draw_tree(tmp_path / "a", n=4), draw_tree(tmp_path / ".other", ["x"], ["y"])
     (root / "train" / "circle").symlink_to(root, target_is_directory=True)
     (root / "linked").symlink_to(other, target_is_directory=True)
-    for name in "._0.png", ".hidden.jpg":
-        (root / "train" / name).write_bytes(b"junk")
     for folder in ".thumbs", "__MACOSX":
-        (root / folder).mkdir()
-        Image.new("RGB", (9, 9)).save(root / folder / "0.png")
-    for name in "clip.mp4", "notes.txt", "none":
+        draw_tree(root, [folder])
+    for name in "._0.png", ".hidden.jpg", "clip.mp4", "notes.txt", "none":
         (root / name).touch()
     for suffix in "JPG", "webp", "bmp", "tiff", "ppm", "gif", "jp2", "tga":
         Image.new("RGB", (9, 9)).save(root / f"z.{suffix}")
-    files, said = greg.image_files(root), capsys.readouterr().err
+    files = greg.image_files(root)
     assert len(files) == len(set(files)) == 16 + 2 + 8 and files == greg.image_files(root)
-    assert files != sorted(files) and "left out 3 " in said and str(root / "clip.mp4") in said
-    assert len(greg.load_ood([f"o={root}"], size=8)[0]["o"].x) == 26
+    assert files != sorted(files) and len(greg.image_files(other)) == 2  # a hidden folder, named
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "left out 3 " in said[0] and str(root / "clip.mp4") in said[0]
     (tmp_path / "empty").mkdir()
-    capsys.readouterr()
     refuses(lambda: greg.load_aux(str(tmp_path / "empty")), "no images below", "empty")
-    assert greg.image_files(other) and not capsys.readouterr().err  # a hidden folder that was named
 
 
-image_modes = st.sampled_from(["L", "RGB", "RGBA", "CMYK", "P", "1", "LA", "clear P"])
-
-
-@given(seeds, image_modes, st.integers(1, 8))
-def test_images_of_every_mode_and_orientation_are_what_a_viewer_shows(
-    tmp_path_factory, seed, mode, turn
-):
-    path = tmp_path_factory.mktemp("mode") / ("x.tif" if mode == "CMYK" else "x.png")
-    image, exif = Image.fromarray(pixels(seed, 24, 16, 4).numpy(), "RGBA"), Image.Exif()
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "LA", "clear P"])
+def test_images_of_every_mode_and_orientation_are_what_a_viewer_shows(tmp_path, mode):
+    image, exif = Image.fromarray(pixels(0, 24, 16, 4).numpy(), "RGBA"), Image.Exif()
     image = (image if "A" in mode else image.convert("RGB")).convert(mode.split()[-1])
-    want = np.asarray(image.convert("RGBA"), float)
+    rgba = np.asarray(image.convert("RGBA"), float)
     if mode == "clear P":
-        want[np.asarray(image) == 7, 3] = 0
-    want = want[..., :3] * want[..., 3:] / 255 + 255 - want[..., 3:]  # on white
-    exif[0x0112] = turn
-    image.save(path, exif=exif, **({"transparency": 7} if mode == "clear P" else {}))
-    want = want.swapaxes(0, 1) if turn > 4 else want  # TIFF 6.0: where row 0 and column 0 are
-    want = want[::-1] if turn in (3, 4, 7, 8) else want
-    want = want[:, ::-1] if turn in (2, 3, 6, 7) else want
-    got = np.asarray(greg.open_image(path))
-    assert got.shape == want.shape and abs(got - want).max() <= 1
+        rgba[np.asarray(image) == 7, 3] = 0
+    shown = rgba[..., :3] * rgba[..., 3:] / 255 + 255 - rgba[..., 3:]  # on white
+    for turn in range(1, 9):  # TIFF 6.0: where row 0 and column 0 are
+        exif[0x0112], path = turn, tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+        image.save(path, exif=exif, **({"transparency": 7} if mode == "clear P" else {}))
+        want = shown.swapaxes(0, 1) if turn > 4 else shown
+        want = want[::-1] if turn in (3, 4, 7, 8) else want
+        want = want[:, ::-1] if turn in (2, 3, 6, 7) else want
+        np.testing.assert_allclose(np.asarray(greg.open_image(path)), want, atol=1)
 
 
-@given(st.lists(st.integers(0, 65535), min_size=16, max_size=16))
-def test_sixteen_bits_are_scaled_to_eight(tmp_path_factory, values):
-    path = tmp_path_factory.mktemp("deep")
-    a = np.array(values).reshape(4, 4)
-    for name, dtype in ("x.png", np.uint16), ("x.tif", np.uint16), ("x32.tif", np.int32):
-        Image.fromarray(a.astype(dtype)).save(path / name)
-        got = np.asarray(greg.open_image(path / name))
-        assert abs(got[..., 0] - a / 257).max() <= 0.51 and (got == got[..., :1]).all()
-    for name, bad in ("f.tif", a.astype(np.float32)), ("n.tif", a - 70000), ("b.tif", a + 65536):
-        Image.fromarray(bad.astype(np.float32 if name == "f.tif" else np.int32)).save(path / name)
-        refuses(lambda n=name: greg.open_image(path / n), name, "range")
-
-
-def test_what_cannot_be_read_is_named_and_what_is_large_is_read_without_a_word(tmp_path):
-    import warnings
-
-    draw_tree(tmp_path)
-    path = tmp_path / "train" / "dog" / "1.png"
-    for content in path.read_bytes()[:60], b"", b"not an image":
+def test_what_cannot_be_read_as_an_image_is_named_and_a_large_one_is_read(tmp_path, monkeypatch):
+    deep, path = np.arange(0, 65536, 65535 // 11).reshape(3, 4), tmp_path / "x.tif"
+    for dtype in np.uint16, np.int32:  # sixteen bits are scaled to eight
+        Image.fromarray(deep.astype(dtype)).save(path)
+        np.testing.assert_allclose(np.asarray(greg.open_image(path))[..., 1], deep / 257, atol=0.51)
+    for bad in deep.astype(np.float32), (deep - 1).astype(np.int32), (deep + 9).astype(np.int32):
+        Image.fromarray(bad).save(path)
+        refuses(lambda: greg.open_image(path), "x.tif is not an image", "range")
+    Image.fromarray(TWO[0]).save(tmp_path / "x.png")
+    for content in (tmp_path / "x.png").read_bytes()[:-99], b"", b"not an image":
         path.write_bytes(content)
-        refuses(lambda: greg.load_id(str(tmp_path)), "dog/1.png is not an image")
-    for load in greg.open_image, greg.load_image:
-        refuses(lambda f=load: f(tmp_path / "absent.png"), "absent.png", error=FileNotFoundError)
-    (tmp_path / "large.ppm").write_bytes(b"P4 9600 9400\n" + bytes(1200 * 9400))
-    Image.new("RGB", (1, 20000), (9, 8, 7)).save(tmp_path / "line.png")
+        refuses(lambda: greg.load_image(path), "x.tif is not an image")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9)  # above it Pillow warns
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        filters = list(warnings.filters)
-        greg.load_image(tmp_path / "large.ppm")
-        for size in 8, 32:
-            x = greg.load_image(tmp_path / "line.png", size)
-            assert x.shape == (1, size, size, 3) and (x == torch.tensor([9, 8, 7])).all()
-        assert warnings.filters == filters
+        greg.open_image(tmp_path / "x.png")
+    assert Image.MAX_IMAGE_PIXELS > 16320 * 12240  # a telephone's photograph
 
 
-@given(seeds, st.integers(33, 90), st.integers(33, 90), st.sampled_from([8, 32, 128]))
-@settings(max_examples=10)
-def test_an_image_is_resized_on_its_short_side_and_cropped(tmp_path_factory, seed, h, w, size):
+@pytest.mark.parametrize("h, w", [(33, 90), (71, 34), (60, 61)])
+def test_an_image_is_resized_and_cropped_as_torchvision_does_and_flipped_by_seed(tmp_path, h, w):
     from torchvision import transforms as T
 
-    path, image = tmp_path_factory.mktemp("size") / "x.png", pixels(seed, h, w, 3).numpy()
-    image = Image.fromarray(image)
-    image.save(path)
-    short = {8: 8, 32: 32, 128: 146}[size]
-    want = T.Compose([T.Resize(short), T.CenterCrop(size), T.PILToTensor()])(image)
-    assert torch.equal(greg.load_image(path, size)[0].permute(2, 0, 1), want)
-    top, left = round((h - 33) / 2), round((w - 33) / 2)
-    crop = np.asarray(image)[top : top + 33, left : left + 33]
-    np.testing.assert_array_equal(greg.load_image(path, 33, resize=False)[0], crop)
-    refuses(lambda: greg.load_image(path, min(h, w) + 1, False), "x.png", "smaller than the crop")
+    path = tmp_path / "x.png"
+    Image.fromarray(pixels(0, h, w, 3).numpy()).save(path)
+    for size, short in (8, 8), (128, 146):
+        want = T.Compose([T.Resize(short), T.CenterCrop(size), T.PILToTensor()])(Image.open(path))
+        assert torch.equal(greg.load_image(path, size)[0], want.permute(1, 2, 0))
+    files, flipped = greg.Files([tmp_path / "no", __file__, path], 32), 0
+    for seed in range(12):
+        state = torch.get_rng_state()
+        crop, again = files[2, seed], files[2, seed]
+        assert torch.equal(crop, again) and torch.equal(torch.get_rng_state(), state)
+        image = seeded(seed, lambda: T.RandomResizedCrop(32)(Image.open(path)))
+        want = torch.from_numpy(np.array(image))[None]  # the library's own draw
+        assert torch.equal(crop, want) or torch.equal(crop, want.flip(2))
+        flipped += torch.equal(crop, want.flip(2))
+    assert 1 < flipped < 11 and isinstance(files[0, 1], FileNotFoundError) and len(files) == 3
+    assert isinstance(files[1, 1], ValueError) and __file__ in str(files[1, 1])
 
 
-# Published sets, from a folder that is served to this machine alone
+def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path, monkeypatch):
+    def publish(name, path, count=0):  # under "web", a folder as an archive
+        file = shutil.make_archive(path, "gztar", path.parent, path.name) if path.is_dir() else path
+        url, md5 = f"file://{file}?dl=1", hashlib.md5(Path(file).read_bytes()).hexdigest()
+        monkeypatch.setitem(greg.SOURCES, name, [url, md5, path.name, str(count)])
 
+    class Answer(io.BytesIO):
+        url = length = None
 
-@pytest.fixture
-def web(tmp_path, monkeypatch):
-    """A folder, and its address as `web.url`."""
-    at = tmp_path / "web"
-    at.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(at))
-    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *_: None)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        yield SimpleNamespace(path=at, url=url, patch=monkeypatch)
-        server.shutdown()
-
-
-def web_set(web, name, images, md5=None, target="unpacked"):
-    """A tar.gz of {member: image} in place of a published set."""
-    file = web.path / f"{name}.tar.gz"
-    with tarfile.open(file, "w:gz") as tar:
-        for member, image in images.items():
-            out = io.BytesIO()
-            image.save(out, "PNG")
-            info = tarfile.TarInfo(f"{target}/{member}")
-            info.size = out.tell()
-            tar.addfile(info, io.BytesIO(out.getvalue()))
-    md5 = md5 or hashlib.md5(file.read_bytes()).hexdigest()
-    source = [f"{web.url}/{file.name}?dl=1", md5, target, str(len(images))]
-    web.patch.setitem(greg.SOURCES, name, source)
-    return file
-
-
-@pytest.mark.parametrize("name", [*greg.SOURCES, "svhn", "cifar10", "cifar100"])
-def test_an_absent_set_is_an_error_that_says_what_is_missing_and_what_to_do(tmp_path, name):
-    load = {"random300k": greg.load_aux, "cifar10": greg.load_id, "cifar100": greg.load_id}
-    load = load.get(name, lambda n, root: greg.load_ood([n], root))
-    words = name, str(tmp_path), "--download"
-    refuses(lambda: load(name, tmp_path), *words, error=FileNotFoundError)
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_published_sets_are_those_of_the_sources():
-    counts = {"textures": 5640, "places365": 36500, "isun": 8925}
-    for name, (url, md5, target, count) in greg.SOURCES.items():
-        assert url.startswith("http") and target
-        assert md5 == "-" if name == "densenet121" else re.fullmatch("[0-9a-f]{32}", md5)
-        files = {"random300k", "densenet121"}
-        assert float(count) == (0 if name in files else counts.get(name, 10000))
-
-
-def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path, web):
-    images = {f"{k}.png": Image.new("RGB", (32, 32), (k,) * 3) for k in (1, 2)}
-    root, file = tmp_path / "data", web_set(web, "isun", images)
-    for download, specs in (False, ["isun"]), (False, ["available"]):
-        with pytest.raises((FileNotFoundError, ValueError)):
-            greg.load_ood(specs, root, download)
+    read = lambda request: Answer(Path(request.full_url[7:-5]).read_bytes())  # noqa: E731
+    monkeypatch.setattr("urllib.request.urlopen", read)
+    web, root = draw_tree(tmp_path / "web", ["there"], ["a"], size=(36, 36)), tmp_path / "data"
+    load, absent = functools.partial(greg.load_ood, root=root), {"error": FileNotFoundError}
+    for name in (*greg.SOURCES, "svhn"):
+        refuses(functools.partial(load, [name]), name, str(root), "--download", **absent)
+    refuses(lambda: greg.load_id("cifar10", root), "cifar10", str(root), "--download", **absent)
+    publish("isun", web / "there", 2)
+    refuses(lambda: load(["available"]), "no OOD set to evaluate on", "--ood")
     assert not root.exists()
-    sets, left_out = greg.load_ood(["isun"], root, download=True)
-    assert sets["isun"].x[:, 5, 5, 0].sort().values.tolist() == [1, 2] and left_out == []
-    file.unlink()
-    (root / "isun.tar.gz").unlink()  # needs no archive any more
-    sets, left_out = greg.load_ood(["available"], root)
+    sets, left_out = load(["isun"], download=True)
+    assert sets["isun"].x[:, 5, 5, 0].sort().values.tolist() == [0, 1] and left_out == []
+    sets, left_out = load(["available"])
     assert list(sets) == ["isun"] and left_out == list(greg.PAPER_OOD[:-1])
-    assert len(greg.load_ood(["isun"], root, download=True)[0]["isun"].x) == 2
-    (root / "unpacked" / "1.png").unlink()
-    refuses(lambda: greg.load_ood(["isun"], root), "1 images, not 2", "unpack it again")
-    damaged = web_set(web, "sun", images, md5="0" * 32, target="other")
-    for _ in range(2):
-        load = functools.partial(greg.load_ood, ["sun"], root, download=True)
-        refuses(load, "sun is not whole", error=FileNotFoundError)
-        damaged.unlink(missing_ok=True)
-    assert not (root / "other").exists()
-    np.save(web.path / "r.npy", TWO)
-    md5 = hashlib.md5((web.path / "r.npy").read_bytes()).hexdigest()
-    source = [f"{web.url}/r.npy", md5, "r.npy", "0"]
-    web.patch.setitem(greg.SOURCES, "random300k", source)
+    (root / "there" / "a" / "1.png").unlink()
+    refuses(lambda: load(["isun"], download=True), "1 images, not 2", "unpack it again")
+    publish("lsun_c", web / "there", 1)
+    want = np.asarray(Image.open(root / "there" / "a" / "0.png"))[2:34, 2:34]
+    np.testing.assert_array_equal(load(["lsun_c"])[0]["lsun_c"].x[0], want)
+    np.save(web / "r.npy", TWO)
+    publish("random300k", web / "r.npy")
     np.testing.assert_array_equal(greg.load_aux("random300k", root, True).x, TWO)
-    assert greg.load_aux("random300k", root).y is None
-    (root / "r.npy").write_bytes(b"x")
-    damaged = functools.partial(greg.load_aux, "random300k", root)
-    refuses(damaged, "random300k", error=FileNotFoundError)
-
-
-def test_lsun_c_is_cropped_and_places365_cut_to_ten_thousand(tmp_path, web, monkeypatch):
-    image = Image.fromarray(pixels(0, 36, 36, 3).numpy())
-    for name in "lsun_c", "lsun_r":
-        web_set(web, name, {"a.png": image}, target=name)
-    sets, _ = greg.load_ood(["lsun_c", "lsun_r"], tmp_path, True)
-    np.testing.assert_array_equal(sets["lsun_c"].x[0], np.asarray(image)[2:34, 2:34])
-    np.testing.assert_array_equal(sets["lsun_r"].x[0], image.resize((32, 32), Image.BILINEAR))
-    monkeypatch.setattr(greg, "image_files", lambda folder: [str(k) for k in range(36500)])
-    monkeypatch.setattr(greg, "decode", lambda files, *_: torch.tensor([int(f) for f in files]))
-    monkeypatch.setattr(greg, "check_set", lambda images, *_: images)
-    (tmp_path / "val_256").mkdir()
-    x = greg.load_ood(["places365"], tmp_path)[0]["places365"].x
-    assert torch.equal(x, torch.arange(10000))
+    (root / "r.npy").write_bytes(b"damaged")
+    refuses(lambda: greg.load_aux("random300k", root), "random300k", **absent)
+    publish("sun", draw_tree(web / "damaged"), 8)
+    greg.SOURCES["sun"][1] = "0" * 32
+    refuses(lambda: load(["sun"], download=True), "sun is not whole", **absent)
+    assert not (root / "damaged").exists()
 
 
 def test_ood_sets_of_ones_own_are_given_as_name_and_path(tmp_path, monkeypatch):
     np.save(tmp_path / "x.npy", TWO)
     draw_tree(tmp_path / "tree", size=(50, 40))
     monkeypatch.setenv("HOME", str(tmp_path))
-    sets, left_out = greg.load_ood(["svhn=~/x.npy", f"mine={tmp_path}/tree"])
-    assert [len(s.x) for s in sets.values()] == [2, 8] and list(sets) == ["svhn", "mine"]
-    assert greg.load_aux("~/tree").x.shape == (8, 32, 32, 3) and greg.load_id("~/tree")
-    for specs, *words in (
-        (["a=~/x.npy", "a=~/x.npy"], "'a' is taken"),
-        (["=~/x.npy"], "'' is taken"),
-        (["id=~/x.npy"], "'id' is taken"),
-        (["mean=~/x.npy"], "'mean' is taken"),
-        (["a/b=~/x.npy"], "'a/b' is taken"),
-        (["shvn"], "no OOD set 'shvn'", "svhn", "NAME=PATH", "sun"),
-        (["aux"], "no OOD set 'aux'"),
-        ([], "no OOD set", "--ood"),
-    ):
-        refuses(lambda s=specs: greg.load_ood(s), *words)
-    for name, stem in (
-        ("a/b.c", "b.c"),
-        ("x.npy", "x"),
-        ("d/y.v2.npz", "y.v2"),
-        ("z.npz.d", "z.npz.d"),
-    ):
-        assert greg.path_stem(name) == stem
+    sets, left_out = greg.load_ood(["svhn=~/x.npy", f"lsun_c={tmp_path}/tree"])
+    assert [len(s.x) for s in sets.values()] == [2, 8] and list(sets) == ["svhn", "lsun_c"]
+    want = greg.decode(greg.image_files(tmp_path / "tree"), 32)  # resized as any other
+    assert torch.equal(sets["lsun_c"].x, want) and torch.equal(greg.load_aux("~/tree").x, want)
+    for spec in "=~/x.npy", "id=~/x.npy", "mean=~/x.npy", "a/b=~/x.npy", "b=~/x.npy":
+        load, name = functools.partial(greg.load_ood, ["b=~/x.npy", spec]), spec.partition("=")[0]
+        refuses(load, f"the name {name!r} is taken")
+    refuses(lambda: greg.load_ood(["shvn"]), "no OOD set 'shvn'", "svhn", "NAME=PATH", "sun")
+    stems = [greg.path_stem(name) for name in ("a/b.c", "x.npy", "d/y.v2.npz", "z.npz.d")]
+    assert stems == ["b.c", "x", "y.v2", "z.npz.d"]
 
 
-def test_cifar_and_svhn_are_torchvisions(tmp_path, monkeypatch):
-    from torchvision import datasets
+def test_cifar_and_svhn_are_torchvisions_and_places365_is_cut(tmp_path, monkeypatch):
+    def fake(root, which, download=False):
+        calls.append((root, which, download))
+        data = {True: THREE, False: 255 - THREE, "test": THREE.transpose(0, 3, 1, 2)}[which]
+        return SimpleNamespace(data=data, targets=[2, 1, 0], classes="abc")
 
-    class Fake:
-        def __init__(self, root, which, download=False):
-            self.data = {True: TWO, False: THREE, "test": TWO.transpose(0, 3, 1, 2)}[which]
-            self.targets = list(range(len(self.data)))[::-1]
-            self.classes = list("abc")[: len(self.data)]
-            calls.append((root, which, download))
-
+    calls, root = [], str(tmp_path)
     for name in "CIFAR10", "CIFAR100", "SVHN":
-        monkeypatch.setattr(datasets, name, Fake)
-    calls = []
-    monkeypatch.setattr(greg, "check_set", lambda images, *_: images)
-    train, test = greg.load_id("cifar100", tmp_path, download=True)
-    assert [c[1:] for c in calls] == [(True, True), (False, True), (True, False), (False, False)]
-    np.testing.assert_array_equal(train.x, TWO)
-    assert (train.y.tolist(), train.classes) == ([1, 0], ("a", "b"))
-    assert test.y.tolist() == [2, 1, 0] and torch.equal(test.x, torch.from_numpy(THREE))
-    svhn = greg.load_ood(["svhn"], tmp_path)[0]["svhn"].x
-    assert calls[4:] == [(str(tmp_path), "test", False)] and svhn.is_contiguous()
-    np.testing.assert_array_equal(svhn, TWO)
-    calls.clear()
+        monkeypatch.setattr(f"torchvision.datasets.{name}", fake)
+    train, test = greg.load_id("cifar100", root, download=True)
+    for images, x in (train, THREE), (test, 255 - THREE):
+        assert images.y.tolist() == [2, 1, 0] and images.classes == ("a", "b", "c")
+        np.testing.assert_array_equal(images.x, x)
+    svhn = greg.load_ood(["svhn"], root)[0]["svhn"].x
+    np.testing.assert_array_equal(svhn, THREE)
     monkeypatch.setattr(greg, "world", lambda: (1, 2))  # the first process fetches for all
     monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("wait"))
-    greg.load_id("cifar10", tmp_path, download=True)
-    assert calls[0] == "wait" and [c[2] for c in calls[1:]] == [False, False]
+    greg.load_id("cifar10", root, download=True)
+    one, two = ([(root, part, do) for part in (True, False)] for do in (True, False))
+    assert calls == [*one, *two, (root, "test", False), "wait", *two] and svhn.is_contiguous()
+    monkeypatch.setattr(greg, "image_files", lambda folder: ["x.png"] * 36500)
+    monkeypatch.setattr(greg, "decode", lambda f, *_: torch.zeros(len(f), 32, 32, 3).byte())
+    (tmp_path / "val_256").mkdir()
+    assert len(greg.load_ood(["places365"], root)[0]["places365"].x) == 10000
 
 
-# ImageNet: a small tree of JPEG files
-
-
-@pytest.fixture(scope="module")
-def jpeg_root(tmp_path_factory):
-    """root/imagenet/train|val/WNID/*.JPEG of several sizes and modes."""
-    root = tmp_path_factory.mktemp("root")
-    for part, c, k in itertools.product(("train", "val"), range(4), range(5)):
-        path = root / "imagenet" / part / f"n0{c}" / f"{k}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        a = pixels(k, 5 + c, 6 + k, 3).numpy() // 4 + np.uint8([60 * c, 180 - 60 * c, 99])
-        image = Image.fromarray(a).resize((40 + 3 * k, 60 - 2 * c))
-        image.convert(["RGB", "L", "CMYK", "RGB", "RGB"][k]).save(path, "JPEG", quality=95)
-    return root
-
-
-def test_imagenet_is_split_into_id_and_auxiliary_classes(jpeg_root):
-    train, val = greg.load_id("imagenet:n03,n01", jpeg_root, size=32)
-    aux = greg.load_aux("imagenet:n03,n01", jpeg_root, size=32)
-    assert train.classes == val.classes == ("n03", "n01") and aux.y is None and aux.classes == ()
-    assert isinstance(train.x, greg.Files)
-    assert isinstance(val.x, torch.Tensor) and train.x.shape == val.x.shape == (10, 32, 32, 3)
-    for f, y in zip(train.x.files, train.y, strict=True):
-        assert f"/train/{train.classes[y]}/" in os.fsdecode(f)
-    assert (
-        sorted(Path(os.fsdecode(f)).parent.name for f in aux.x.files) == ["n00"] * 5 + ["n02"] * 5
-    )
-    assert (train.y.diff() < 0).any() and (val.y.diff() < 0).any()  # not in order of class
-    want = {greg.load_image(p, 32).numpy().tobytes() for p in jpeg_root.glob("imagenet/val/n03/*")}
-    assert {x.numpy().tobytes() for x in val.x[val.y == 0]} == want
-
-
-def test_the_number_ten_gives_the_ten_classes_of_the_authors(tmp_path, jpeg_root, monkeypatch):
-    positions = [342, 778, 443, 256, 601, 104, 445, 1, 269, 688]  # among the 1,000 sorted names
+def test_imagenet_is_split_into_id_and_auxiliary_classes(tmp_path, monkeypatch):
+    root = draw_tree(tmp_path / "imagenet", ("train", "val"), "n0 n1 n2 n3".split(), 5, (50, 40))
+    (train, val), aux = (f("imagenet:n3,n1", tmp_path) for f in (greg.load_id, greg.load_aux))
+    assert train.classes == val.classes == ("n3", "n1") and (aux.y, aux.classes) == (None, ())
+    assert isinstance(train.x, greg.Files) and isinstance(val.x, torch.Tensor)
+    for i, images in enumerate((train, val)):  # not in order of class, labels by the colour
+        x = images.take(slice(None)).pixels(slice(None))
+        assert x.shape == images.x.shape == (10, 32, 32, 3) and (images.y.diff() < 0).any()
+        found = sorted(zip(x[:, 0, 0, :2].tolist(), images.y.tolist(), strict=True))
+        assert found == [([40 * i + k, g], y) for k in range(5) for g, y in ((20, 1), (60, 0))]
+    assert {Path(os.fsdecode(f)).parent.name for f in aux.x.files} == {"n0", "n2"}
+    for classes in "n1,n9", "n1", "n1,n1", "4", "1", "0", "":
+        load = functools.partial(greg.load_id, f"imagenet:{classes}", tmp_path)
+        refuses(load, "two to all but one", str(root), "['n9']" * ("9" in classes))
+    refuses(lambda: greg.load_aux("imagenet", root), "imagenet/train", "no folder of images")
     ten = "n02396427 n04141975 n02834397 n02111277 n03534580 n01877812 n02837789 n01443537".split()
-    ten += ["n02114367", "n03857828"]
-    known = [f"n{i:04d}" for i in range(1000)]
+    ten, known = ten + ["n02114367", "n03857828"], [f"n{i:04d}" for i in range(1000)]
     monkeypatch.setattr(greg, "class_folders", lambda folder: known)
     monkeypatch.setattr(greg, "class_images", lambda folder, names, *_: names)
-    assert greg.load_imagenet("train", tmp_path, "10", 32) == [known[i] for i in positions]
-    assert greg.load_imagenet("train", tmp_path, "20", 32)[:10] == [known[i] for i in positions]
+    positions = [342, 778, 443, 256, 601, 104, 445, 1, 269, 688]  # the authors', of 1,000
+    chosen = [greg.load_imagenet("train", root, n, 32)[:10] for n in ("10", "20")]
+    assert chosen == [[known[i] for i in positions]] * 2
     known += ten
-    assert greg.load_imagenet("val", tmp_path, "", 32) == ten
-    monkeypatch.undo()
-    for classes in "n01,n09", "n01", "n01,n01", "4", "1", "0", "":
-        load = functools.partial(greg.load_id, f"imagenet:{classes}", jpeg_root)
-        refuses(load, "two to all but one", str(jpeg_root))
-    refuses(lambda: greg.load_id("imagenet:n01,n09", jpeg_root), "['n09']")
-    refuses(lambda: greg.load_aux("imagenet", tmp_path), "imagenet/train", "no folder of images")
-
-
-def test_files_are_what_load_image_reads_and_crops_are_torchvisions(jpeg_root, tmp_path):
-    from torchvision.transforms import RandomResizedCrop
-
-    aux = greg.load_aux("imagenet:n03,n01", jpeg_root, size=32)
-    files, index = aux.x, torch.tensor([5, 0, 7])
-    paths = [os.fsdecode(f) for f in files.files]
-    want = torch.cat([greg.load_image(paths[i], 32) for i in index])
-    assert torch.equal(aux.pixels(index), want)
-    assert torch.equal(aux.take(index).pixels(slice(1)), want[:1])
-    flipped, state = 0, torch.get_rng_state()
-    for seed in range(12):
-        crop = files[3, seed]
-        assert torch.equal(torch.get_rng_state(), state) and torch.equal(crop, files[3, seed])
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)  # the library's own draw
-            other = RandomResizedCrop(32)(Image.open(paths[3]).convert("RGB"))
-        other = torch.from_numpy(np.array(other))[None]
-        assert torch.equal(crop, other) or torch.equal(crop, other.flip(2))
-        flipped += torch.equal(crop, other.flip(2))
-    assert 1 < flipped < 11
-    (tmp_path / "bad.JPEG").write_bytes(b"nothing")
-    bad = greg.Files([tmp_path / "bad.JPEG", tmp_path / "absent.JPEG"], 32)
-    assert len(bad) == 2 and isinstance(bad[0, 1], ValueError) and "bad.JPEG" in str(bad[0, 1])
-    assert isinstance(bad[1, 1], FileNotFoundError)
-    assert isinstance(bad[:1], greg.Files) and bad[1:].shape == (1, 32, 32, 3)
+    assert greg.load_imagenet("val", root, "", 32) == ten
 
 
 # ---- Training (section 8)
