@@ -2013,7 +2013,16 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
     if any(folder.glob("checkpoint*.pt")):
-        return restore(run)
+        if not (state := stored(folder)):
+            raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
+        check_same(c, state["config"], folder)
+        check_classes(state, ids.classes, folder)
+        net.load_state_dict(state["net"])
+        sgd.load_state_dict(state["optimizer"])
+        sums += state["sums"].to(device)
+        run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux")})
+        run.epoch, run.step, run.memory = (state[k] for k in ("epoch", "step", "memory"))
+        return run
     row = log(run, {"epoch": 0})
     if c.margins and aux:
         # The start's mean scores, as the energy authors advise; where the auxiliary one is not
@@ -2026,21 +2035,6 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     if world()[0] == 0:
         content = json.dumps(asdict(run.config) | environment(), indent=1)
         write_atomically(folder / "config.json", content)
-    return run
-
-
-def restore(run: Run) -> Run:
-    """The run as its folder's checkpoint has it; ValueError if that is of another run."""
-    if not (state := stored(run.folder)):
-        raise ValueError(f"{run.folder}/checkpoint.pt is no run's: choose another folder")
-    check_same(run.config, state["config"], run.folder)
-    check_classes(state, run.train_set.classes, run.folder)
-    m_in, m_aux = state["config"]["m_in"], state["config"]["m_aux"]
-    run.config = replace(run.config, m_in=m_in, m_aux=m_aux)
-    run.net.load_state_dict(state["net"])
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.epoch, run.step, run.memory = state["epoch"], state["step"], state["memory"]
-    run.sums += state["sums"].to(run.device)
     return run
 
 
@@ -2211,8 +2205,8 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     """Add Figure 3's figures, of 256 fixed images in eval mode, to the row, and it to log.jsonl."""
-    s, sets = {}, [("in", run.train_set), ("aux", run.aux_set)]
-    for kind, images in sets[: 2 if run.aux_set else 1]:
+    s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
+    for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
         logits = embed(run.net, x)[0]
         s[kind] = energy_score(logits)
