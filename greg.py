@@ -2387,13 +2387,13 @@ def certify_report(
 ) -> dict[str, Any]:  # fmt: skip
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
 
-    net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked" is by PGD,
-    "certified" by the global and, if `local`, local bound (left out without layer rules),
-    "smoothed" (left out for n = 0) of the detector of medians under noise with its own threshold,
-    certified with probability 1 - alpha an input. "id_rejected": ID inputs attacked above gamma.
+    net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
+    "certified": the global and, if `local`, local bound (absent without layer rules); "smoothed"
+    (absent for n = 0): the detector of medians under noise with its own threshold, certified with
+    probability 1 - alpha an input; "id_rejected": ID inputs attacked above gamma.
     """
-    if not all(map(len, (x_in, *x_out.values()))) or not all(eps > 0 for eps in epsilons):
-        raise ValueError("certificates need images of each set, and eps above 0")
+    if not all(map(len, (x_in, *x_out.values()))) or n < 0 or not min(sigma, *epsilons) > 0:
+        raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
     g = rng(x_in.device, "certificates")
 
     @torch.no_grad()
@@ -2440,8 +2440,6 @@ def certify_report(
 
 
 # ---- Tables.
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table."""
     rows = header, ["---"] * len(header), *rows
@@ -2472,10 +2470,9 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
-    """A table for each ID data and choice of OOD sets, a row a method.
+    """A table for each ID data and choice of OOD sets, a row a method, or set of its options.
 
-    Runs that differ in seed and start alone are one row, with the last run of each seed; where a
-    method has several rows, they say in what they differ.
+    Runs that differ in seed and start alone are one row, with the last run of each seed.
     """
     text, tables = "", {}
     for r in results:
@@ -2484,10 +2481,9 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
         g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())
         for score, sets in r["metrics"].items():
             name = c["method"] + ("" if score == r["score"] else f": {score}")
-            rows = tables.setdefault((c["id"], *sets), {})
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
-            cells = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
-            rows.setdefault((name, same), {})[c["seed"]] = cells
+            seeds = tables.setdefault((c["id"], *sets), {}).setdefault((name, same), {})
+            seeds[c["seed"]] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
     for (data, *sets), rows in tables.items():
         lines = []
         for (name, c), seeds in rows.items():
@@ -2496,13 +2492,13 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
             cells = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
             cells = (" / ".join(map(mean_std, cell)) for cell in cells)
             lines.append([", ".join(label), c["arch"], c["aux"] or "none", len(seeds), *cells])
-        header = "method", "network", "auxiliary", "seeds", "ID accuracy", *sets
-        header += "‖∇S‖ ID", "‖∇S‖ OOD"
-        text += f"{table(header, lines)}\nFPR95 / AUROC in %; ID data {data}.\n"
+        header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
+        text += table([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines)
+        text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
     return text
 
 
-# The paper's tables: number, then rows "| label method score cells", the cells as in COLUMNS.
+# The paper's tables: number, rows "| label method score cells", the cells as in COLUMNS.
 _PAPER = """
 1 | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7 | ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
 | Energy_score ce energy 39.32 92.24 33.4 91.76 28.99 94.09
@@ -2510,7 +2506,6 @@ _PAPER = """
 | LINe ce line 45.25 90.59 36.27 90.2 14.84 96.95 | OE oe msp 19.92 95.71 21.12 95.55 21.76 95.8
 | Energy_loss energy energy 11.14 97.53 13.11 97.14 11.26 97.43
 | OpenMix openmix msp 22.24 96.26 21.92 96 22.86 95.65 | GReg greg energy 7.9 97.95 7.95 98.1 7.93 98.12
-
 2 | MSP ce msp 74.66 80.10 80.39 75.37 85.87 68.78 | ODIN ce odin 64.00 84.33 67.95 79.86 69.97 81.55
 | Energy_score ce energy 68.46 84.15 74.15 79.26 78.91 76.12
 | ReAct ce react 59.38 87.59 70.65 80.2 76.27 80.1 | DICE ce dice 77.29 80.35 72.32 79.62 69.80 80.50
@@ -2518,9 +2513,9 @@ _PAPER = """
 | Energy_loss energy energy 62.77 84.05 65.62 80.18 64.37 83.86
 | POEM poem energy 61.11 82.43 62.58 79.74 59.33 79.81
 | OpenMix openmix msp 59.64 88.09 73.12 79.23 67.29 84.47
-| DOS dos absent 54.62 88.30 45.26 90.76 34.92 93.22 | GReg greg energy 59.6 82.92 58.26 86.56 56.29 87.35
+| DOS dos absent 54.62 88.30 45.26 90.76 34.92 93.22
+| GReg greg energy 59.6 82.92 58.26 86.56 56.29 87.35
 | GReg+ greg+ energy 50.78 88.75 48.12 91.02 30.55 93.38
-
 3 | MSP ce msp 62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87
 | ODIN ce odin 48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66
 | Energy_score ce energy 54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59
@@ -2532,19 +2527,17 @@ _PAPER = """
 | DOS dos absent 61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97
 | GReg greg energy 29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13
 | GReg+ greg+ energy 24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06
-
 4 | OE oe msp 21.76 95.8 60.52 84.21 | OE_+_Grad oe+grad msp 18.79 96.32 62.54 84.71
 | Energy energy energy 11.26 97.43 64.37 83.86 | Energy_+_Grad greg energy 7.93 98.12 56.29 87.35
 | POEM poem energy 29.15 94.18 59.33 79.81 | POEM_+_Grad poem+grad energy 23.87 95.41 47.94 86.63
-
 5 | POEM poem energy 59.33 79.81 | DOS dos absent 34.92 93.22
 | Energy_only_clustering energy+sampling energy 31.77 93.20 | GReg+ greg+ energy 30.55 93.38
-
-6 | Clean ce energy 94.84 94.03 | Energy_loss energy energy 88.15 91.82
-| GReg greg energy 89.55 92.14 | DOS dos absent 78.90 87.06 | GReg+ greg+ energy 83.06 89.89
+6 | Clean ce energy 94.84 94.03 | Energy_loss energy energy 88.15 91.82 | GReg greg energy 89.55 92.14
+| DOS dos absent 78.90 87.06 | GReg+ greg+ energy 83.06 89.89
 """  # noqa: E501
 PAPER: dict[int, list[list[str]]] = {
-    int(text[:2]): [row.split() for row in text.split("|")[1:]] for text in _PAPER.split("\n\n")
+    int(text[0]): [row.split() for row in text.split("|")[1:]]
+    for text in re.split(r"\n(?=\d)", _PAPER.strip())
 }
 # Columns of each table: (ID data, network, OOD set or "", metric).
 _NETS, _BOTH = ("resnet18", "wrn40_2", "densenet100"), ("fpr95", "auroc")
@@ -2562,12 +2555,10 @@ def table_columns(number: int, id_data: str = "", archs: Sequence[str] = ()) -> 
     """The columns of a table, on other ID data or other networks where these are given."""
     first = [c for c in COLUMNS[number] if c[1] == COLUMNS[number][0][1]]
     columns = [(c[0], a, *c[2:]) for a in archs for c in first] or COLUMNS[number]
-    return [(id_data or c[0], *c[1:]) for c in columns]
+    return [*dict.fromkeys((id_data or c[0], *c[1:]) for c in columns)]
 
 
-def paper_table(
-    number: int, results: Sequence[dict], id_data: str = "", archs: Sequence = (), table=markdown
-) -> str:
+def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), table=markdown) -> str:
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
     columns, rows, notes = table_columns(number, id_data, archs), [], set()
     for label, method, score, *figures in PAPER[number]:
@@ -2611,8 +2602,6 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
 
 
 # ---- Figures.
-
-
 def grid(count: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure of panels side by side, and these."""
     from matplotlib.figure import Figure
@@ -2644,14 +2633,13 @@ def figure_certificates(report: dict[str, Any], path: Path) -> None:
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
     """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's log.jsonl."""
-    losses, norms = {}, {}
+    panels = {"energy loss, Eq. (1)": {}, "mean ‖∇S‖ on ID images": {}}
     for folder in folders:
         rows = [row for row in read_log(folder) if "probe_energy" in row]
         if not rows:
             raise ValueError(f"{folder} has no log.jsonl of a run with auxiliary data")
-        losses[str(folder)] = [(row["epoch"], row["probe_energy"]) for row in rows]
-        norms[str(folder)] = [(row["epoch"], row["probe_gradient_in"]) for row in rows]
-    panels = {"energy loss, Eq. (1)": losses, "mean ‖∇S‖ on ID images": norms}
+        for lines, key in zip(panels.values(), ("probe_energy", "probe_gradient_in"), strict=True):
+            lines[str(folder)] = [(row["epoch"], row[key]) for row in rows]
     curves(panels, path, "epoch")
 
 
@@ -2752,8 +2740,6 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
 
 
 # ---- The command line.
-
-
 def chosen(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of Config among the arguments that were given."""
     return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -2775,9 +2761,9 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
-    sets = {key: images.pixels(slice(first)) for key, images in {"": test_set, **ood}.items()}
-    sets = {key: x.to(device).permute(0, 3, 1, 2).float() / 255 for key, x in sets.items()}
-    return certify_report(model, sets.pop(""), sets, gamma=state["gamma"], **options)
+    sets, part = {"": test_set, **ood}.items(), slice(max(first, 0))
+    x = {name: normalise(v.pixels(part).to(device), (0,), (1,)) for name, v in sets}
+    return certify_report(model, x.pop(""), x, gamma=state["gamma"], **options)
 
 
 def command_demo(args: argparse.Namespace) -> None:
@@ -2786,10 +2772,10 @@ def command_demo(args: argparse.Namespace) -> None:
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
-        options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
+        options = {"epochs": 6} if method == "ce" else short | {"init": str(first)}
         c = Config(method, id="synthetic", arch="wrn10_1", batch=32, seed=seed, **options)
         r = train(c, folder, args.device)
-        report = certify_run(folder, args.device, 100, {}, epsilons=[0.25], n=0, local=False)
+        report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)
         hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
         mean, norm = r["metrics"]["energy"]["mean"], r["gradient_norm"]["id"] / 100
         row = r["accuracy"], mean["fpr95"], mean["auroc"], norm, hit
@@ -2866,8 +2852,7 @@ def command_table(args: argparse.Namespace) -> None:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
         elif not args.read:
-            name = f"{c.method} {c.arch} seed {c.seed}: {folder}"
-            remark(f"run {i} of {len(runs)}: {name}")
+            remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
             train(c, folder, args.device)
         elif done := read_results(folder):
             check_same(resolve(c), done["config"], folder)
@@ -2882,8 +2867,6 @@ def command_table(args: argparse.Namespace) -> None:
 
 def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
-    if args.images < 1 or args.draws < 0 or args.sigma <= 0:
-        raise ValueError("need --images >= 1, --draws >= 0 and --sigma > 0")
     folder = args.out or args.run
     folder.mkdir(parents=True, exist_ok=True)
     options = {"epsilons": args.eps, "sigma": args.sigma, "n": args.draws, "local": args.local}
