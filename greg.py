@@ -2772,7 +2772,7 @@ def command_demo(args: argparse.Namespace) -> None:
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
-        options = {"epochs": 6} if method == "ce" else short | {"init": str(first)}
+        options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         c = Config(method, id="synthetic", arch="wrn10_1", batch=32, seed=seed, **options)
         r = train(c, folder, args.device)
         report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)

@@ -2340,7 +2340,7 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(lab, cli, tmp_path, monk
     assert "scores.png" in out
     for seed, (ce, *others) in enumerate([made[:4], made[4:]]):
         start = f"{tmp_path}/demo/ce/seed{seed}"
-        assert ce == (6, "", "", "synthetic", 32, 0)
+        assert ce == (8, "", "", "synthetic", 32, 0)
         assert {*others} == {(2, start, "auto", "synthetic", 32, 4992)}
     gamma = greg.read_results(lab / "greg")["gamma"]["energy"]
     options = {"epsilons": [0.25], "n": 0, "local": False, "gamma": gamma}
