@@ -125,7 +125,7 @@ def _net(layers, d, K, he):
 
 
 def resnet18(K: int) -> Net:
-    """ResNet-18 (He et al. 2016) with the 3×3 stem for 32×32 images, d = 512."""
+    """ResNet-18 (He et al. 2016), 3×3 stem for 32×32 images, d = 512; PyTorch's initialisation."""
     layers, c_in = [_conv(3, 64, 3), nn.BatchNorm2d(64), nn.ReLU()], 64
     for c in 64, 64, 128, 128, 256, 256, 512, 512:
         stride = 1 if c == c_in else 2
@@ -198,14 +198,14 @@ def read_tensors(path: str | Path) -> Any:
         raise ValueError(f"{path} {what}; it starts with {content[:9]!r}") from None
 
 
-def load_weights(net: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Module:
     """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
 
-    By name, below any prefix and beside other submodules, else by position, as code bases name the
+    By name, below any prefix or beside other submodules, else by position, as code bases name the
     same layers differently but list them in forward order: each pair agrees in role (the name's
     last part) and shape. ValueError for what does not fit, OSError without the file.
     """
-    state = read_tensors(path)
+    state = state or read_tensors(path)  # `state`: what was read of it already
     for key in ("net", "state_dict", "model_state_dict", "model", "ema"):
         state = state.get(key, state) if isinstance(state, dict) else state
     ours, theirs = (  # but for batch norm's counters, which old files lack
@@ -292,9 +292,10 @@ def greg_loss(
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
     as they are, first in a tuple, or as "logits" in a mapping. On another method (Table 4):
     aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
-    its own, that of S. Raises ValueError for m_in >= m_aux, a side without samples, and where
-    PyTorch would lose second derivatives without a word. Where attention is checkpointed, so that
-    backward() computes it again, call that under `sdpa_kernel(SDPBackend.MATH)` too.
+    its own, that of S. Raises ValueError for m_in >= m_aux, a side without samples, and compiled
+    modules or DDP's static_graph, which may lose second derivatives. Where attention is
+    checkpointed, so that backward() computes it again, call that under
+    `sdpa_kernel(SDPBackend.MATH)` too.
     """
     if aux_loss is None and not m_in < m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -429,9 +430,10 @@ def _seeds(x, square, k, generator):
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
     """Algorithm 1: 2k distinct indices into the candidates, given features z [N,d], scores s [N].
 
-    From each of k clusters of the normalised features the candidate of lowest score, for Eq. (1),
-    and that of highest, for Eq. (3): the `ends` of its ranking. A cluster of one gives one; the
-    number is made up at random. ValueError for more indices than candidates, or a NaN score.
+    From each of k clusters of the normalised features the candidates of lowest and highest score,
+    the `ends` of its ranking: mostly Eq. (1) acts on the first, Eq. (3) on the second; all 2k go to
+    both. A cluster of one gives one; the number is made up at random. ValueError for more indices
+    than candidates, or a NaN score.
     """
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
@@ -483,8 +485,9 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # Needs: Net, Residual, Concat, Normalize (1), energy_score (2)
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. All is computed in float64, norms are rounded up and radii down by
-# 1e-9: that covers rounding where sums do not cancel to nine digits, not that of lower precision.
+# in the units of its input. All is computed in float64, norms are rounded up and, by `certify`,
+# radii down by 1e-9: that covers rounding where sums do not cancel to nine digits, not that of
+# lower precision.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
@@ -748,10 +751,10 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
 
-def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = True) -> dict[str, Tensor]:
+def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> dict[str, Tensor]:
     """Sound radii [N] within which the decision S <= γ on x [N,...] does not change, by bound.
 
-    "global", "local" (the best of 32 ε) and, if regions, "region" (not for images: D derivatives).
+    "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input).
     """
     with torch.no_grad():
         s = energy_score(_exact(net, x)(x.double()))
@@ -941,7 +944,7 @@ def post_hoc(id_data: str, arch: str, K: int) -> PostHoc:
 
 
 # The K-class head W [K,d], b [K], and what ReAct (clip), DICE (mask), LINe (masks) learn of it.
-Fit = namedtuple("Fit", "p std W b clip mask masks")
+Fit = namedtuple("Fit", "p std W b clip mask masks", defaults=[None] * 5)
 
 
 def fit_scores(
@@ -973,7 +976,7 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, Fit], Tensor]] = 
     "absent": lambda net, x, f, z, fit: absent(net.fc(z)),
 }
 POST_HOC_ROWS = tuple(SCORES)[:7]
-NEED_FIT = {"odin", "react", "dice", "dice+react", "line"}
+NEED_FIT = {"react", "dice", "dice+react", "line"}
 
 
 # ==================================================================================================
@@ -1353,10 +1356,12 @@ def published(name: str, root: str | Path, download: bool) -> Any:
         return path
 
     try:
-        if download and world()[0] == 0:
-            get(True)
-        if world()[1] > 1:
-            torch.distributed.barrier()
+        try:
+            if download and world()[0] == 0:
+                get(True)
+        finally:
+            if world()[1] > 1:
+                torch.distributed.barrier()
         return get(False)
     except (OSError, RuntimeError) as e:
         raise FileNotFoundError(f"{name} is not whole below {root}: {e}; try --download") from None
@@ -1374,7 +1379,10 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
         names = [known[i] for i in rank.argsort()[: int(classes)]]
     odd = sorted({*names} - {*known})[:3]
     if odd or not 2 <= len({*names}) == len(names) < len(known):
-        raise ValueError(f"imagenet:NUMBER or :NAME,NAME is two to all but one; {root} lacks {odd}")
+        lacks = f", which lacks {odd}" if odd else ""
+        raise ValueError(
+            f"imagenet:NUMBER or :NAME,NAME is two to all but one of {root}/train{lacks}"
+        )
     if part == "aux":
         part, names = "train", [n for n in known if n not in names]
     return class_images(root / part, names, size, part == "train")
@@ -1417,8 +1425,8 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
     if not path and name in _OOD:
         return synthetic(name)
-    if not path and name not in ("svhn", *SOURCES):
-        known = ", ".join(sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD}))
+    if not path and name not in (known := (*PAPER_OOD, *IMAGENET_OOD, *_OOD)) and split == "test":
+        known = ", ".join(sorted({*known}))
         raise ValueError(f"no OOD set {name!r}: NAME=PATH, available, synthetic or one of {known}")
     where = Path(path).expanduser() if path else published(name, root, download)
     if isinstance(where, list):  # SVHN
@@ -1542,6 +1550,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
+# Each process of torchrun clusters its own share: batch / processes clusters of its candidates.
 ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda f, z, k, g: dos_sampling(z, absent(f), k, g))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
@@ -1584,7 +1593,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 class Config:
     """All options of a run. A None is filled from the method's recipe by `resolve`."""
 
-    method: str = option("greg", "row of the tables", choices=METHODS)
+    method: str = option("greg", "training method", choices=METHODS)
     id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], a path")
     aux: str = option("", "auxiliary data: random300k, synthetic, imagenet, a path (by --id)")
     size: int = option(None, "side of images from files (224 for imagenet, else 32)")
@@ -1655,6 +1664,9 @@ def resolve(c: Config) -> Config:
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (c.candidates < least, f"--candidates must be at least {least} for {c.method}"),
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
+        (c.margins and not init, "--margins auto is of a pre-trained network: name it with --init"),
+        (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
+        (init == "torchvision" and c.arch != "densenet121", "--init torchvision has densenet121"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
         (tunes and not init, f"{c.method} fine-tunes a pre-trained network: name it with --init"),
     ):
@@ -1802,7 +1814,8 @@ def build(c: Config, classes: Sequence[str]) -> Net:
         check_classes(saved, classes, c.init)
         if saved and "gamma" not in saved:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
-        start = load_weights(ARCHS[c.arch](K), path / "checkpoint.pt" if path.is_dir() else path)
+        file = path / "checkpoint.pt" if path.is_dir() else path
+        start = load_weights(ARCHS[c.arch](K), file, saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
     return net
@@ -2033,7 +2046,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
     if world()[0] == 0:
-        content = json.dumps(asdict(run.config) | environment(), indent=1)
+        content = json.dumps(asdict(run.config) | environment(device), indent=1)
         write_atomically(folder / "config.json", content)
     return run
 
@@ -2153,7 +2166,8 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        run.sums += average(torch.stack([v.detach().float() for v in (*out[:4], *shares)]))
+        terms = *out[:3], out.gradient * c.grad_every, *shares
+        run.sums += average(torch.stack([v.detach().float() for v in terms]))
         for b in run.net.buffers():  # running statistics, so that all processes score alike
             if b.is_floating_point():
                 average(b)
@@ -2248,7 +2262,8 @@ def evaluate(
 
     With the mean ‖∇S‖ of 1,000 images a set (S of all outputs); and raw scores by "score/set".
     """
-    (mean, std), K, fit, raw, norms = STATS[c.stats], len(test_set.classes), None, {}, {}
+    (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
+    fit = Fit(post_hoc(c.id, c.arch, K), std)
 
     def parts(images, what, most=None):
         index = torch.arange(len(images.x))[:most].split(chunk_of(images.x.shape[1]))
@@ -2258,7 +2273,7 @@ def evaluate(
     net.eval()
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[1] for x in parts(train_set, "fit the scores")])
-        fit = fit_scores(net, z, train_set.y.to(z.device), post_hoc(c.id, c.arch, K), std, K)
+        fit = fit_scores(net, z, train_set.y.to(z.device), *fit[:2], K)
     for key, images in {"id": test_set, **ood}.items():
         rows = []
         for x in parts(images, f"score {key}"):
@@ -2297,8 +2312,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     c, folder, device = resolve(config), Path(folder), torch.device(device)
     if done := read_results(folder):
         check_same(c, done["config"], folder)
-        names = {spec.partition("=")[0] for spec in c.ood} - {"synthetic", "available"}
-        if not names <= {*done["gradient_norm"]}:
+        new = {*c.ood} - {*done["config"]["ood"], "synthetic", "available"}
+        if not new <= {*done["gradient_norm"]}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done
     train_set, test_set, ood = load_sets(c)
@@ -2311,15 +2326,16 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         score = METHODS[c.method].score
         names = [score] if c.aux else POST_HOC_ROWS
         results, raw = evaluate(run.net, train_set, test_set, ood, run.config, names)
-        results |= {"config": asdict(run.config), "score": score} | environment()
+        results |= {"config": asdict(run.config), "score": score} | environment(device)
         save(run, gamma=results["gamma"][score], score=score)
         save_results(folder, results, raw)
     return results
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """What produced a result besides its configuration."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    cuda = device.type == "cuda"
+    device = torch.cuda.get_device_name(device) if cuda else platform.machine()
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     version = {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
     return version | {"device": device, "processes": world()[1], "argv": shlex.join(sys.argv)}
@@ -2366,14 +2382,15 @@ def predict(folder: str | Path, paths: Sequence[Any], device: Any) -> list[dict[
     gamma, name, rows, classes = state["gamma"], state["score"], [], state["classes"]
     if name in NEED_FIT:
         raise ValueError(f"{folder} is scored by {name}, which needs training images: greg.py eval")
-    paths = [f for p in map(Path, paths) for f in (image_files(p) if p.is_dir() else [str(p)])]
-    for path in bar(paths, "predict"):
+    fit = Fit(post_hoc(config.id, config.arch, len(classes)), STATS[config.stats][1])
+    listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in map(Path, paths))
+    for path in bar([*itertools.chain(*listed)], "predict"):
         row = {"image": path, "class": "", "score": "", "gamma": gamma}
         try:
             x = normalise(load_image(path, state["size"]).to(device), *STATS[config.stats])
             f, z = embed(net, x)
             f = f[:, : len(classes)]
-            row |= {"class": classes[f.argmax()], "score": SCORES[name](net, x, f, z, None).item()}
+            row |= {"class": classes[f.argmax()], "score": SCORES[name](net, x, f, z, fit).item()}
             rows.append(row | {"decision": "ID" if row["score"] <= gamma else "OOD"})
         except (OSError, ValueError) as e:
             rows.append(row | {"decision": f"error: {e}"})
@@ -2390,7 +2407,8 @@ def certify_report(
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without layer rules); "smoothed"
     (absent for n = 0): the detector of medians under noise with its own threshold, certified with
-    probability 1 - alpha an input; "id_rejected": ID inputs attacked above gamma.
+    probability 1 - alpha an input; "id_rejected": ID inputs attacked above `gamma` (default: the
+    threshold of x_in, at which FPR95 is).
     """
     if not all(map(len, (x_in, *x_out.values()))) or n < 0 or not min(sigma, *epsilons) > 0:
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
@@ -2472,12 +2490,14 @@ def mean_std(values: Sequence[float]) -> str:
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
     """A table for each ID data and choice of OOD sets, a row a method, or set of its options.
 
-    Runs that differ in seed and start alone are one row, with the last run of each seed.
+    Runs that differ in seed alone (and what follows from it) are one row, the last of each seed.
     """
     text, tables = "", {}
     for r in results:
         c = asdict(saved_config(r["config"]))
-        same = json.dumps({k: c[k] for k in c if k not in ("seed", "init", *WHERE)})
+        c["init"] = re.sub(r"seed\d+", "seed", c["init"])  # each seed's own pre-training
+        own = ("seed", *WHERE, *(("m_in", "m_aux") if c["margins"] else ()))
+        same = json.dumps({k: c[k] for k in c if k not in own})
         g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())
         for score, sets in r["metrics"].items():
             name = c["method"] + ("" if score == r["score"] else f": {score}")
@@ -2722,7 +2742,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
         for side, (x, colour) in sides.items():
             result[f"‖∇S‖ {side}"] = input_gradients(net, x).mean().item()
             x = x[(x.abs() < 2).all(1)][:points]
-            radii, sizes = certify(net, x, gamma), torch.logspace(-2, 0.55, 120).tolist()
+            radii, sizes = certify(net, x, gamma, True), torch.logspace(-2, 0.55, 120).tolist()
             distance = torch.stack([attack(net, x, gamma, eps).distance for eps in sizes]).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
             ratios = {f"attack / radius, {k}": distance / r for k, r in radii.items()}
@@ -2769,7 +2789,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in a few minutes"""
     runs, cells = args.runs / "demo", {}
-    short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
+    short = {"epochs": 2, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
@@ -2801,6 +2821,8 @@ def command_train(args: argparse.Namespace) -> None:
 def command_eval(args: argparse.Namespace) -> None:
     """evaluate a run, or a weights file, on OOD sets by any scores"""
     source, given = args.run or args.weights, chosen(args)
+    if args.out and args.out.resolve() == Path(source or "").resolve():
+        raise ValueError("--out is the run's own folder: its results are those of its training")
     if not source or (args.run and args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
     state = stored(source)
@@ -2822,7 +2844,8 @@ def command_eval(args: argparse.Namespace) -> None:
     if "absent" in names and net.fc.out_features == K:
         raise ValueError("absent: this network has no class K + 1 to score")
     results, raw = evaluate(net.to(args.device), train_set, test_set, ood, c, names)
-    results |= {"config": asdict(c), "score": score} | environment()
+    score = score if score in names else names[0]
+    results |= {"config": asdict(c), "score": score} | environment(args.device)
     say(results_table([results]))
     if args.out:
         save_results(args.out, results, raw)
@@ -2903,7 +2926,7 @@ def command_figure(args: argparse.Namespace) -> None:
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
     "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
-    "--out": dict(type="path", help="where to write (the run's folder, ./figure_N.png)"),
+    "--out": dict(type="path", help="where to write (by the run; eval: nowhere)"),
     "run": dict(type="path", help="folder of a run"),
     "[run]": dict(type="path", nargs="?", help="folder of a run"),
     "--weights": dict(type="path", help="a weights file, ours or a public one"),
