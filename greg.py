@@ -1666,7 +1666,6 @@ def resolve(c: Config) -> Config:
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
         (c.margins and not init, "--margins auto is of a pre-trained network: name it with --init"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
-        (init == "torchvision" and c.arch != "densenet121", "--init torchvision has densenet121"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
         (tunes and not init, f"{c.method} fine-tunes a pre-trained network: name it with --init"),
     ):
@@ -1806,7 +1805,7 @@ def build(c: Config, classes: Sequence[str]) -> Net:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(c.seed)
         net = ARCHS[c.arch](K + METHODS[c.method].extra_class)
-    if c.init == "torchvision":
+    if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS["densenet121"](1000), weights).features
     elif c.init:
@@ -2508,7 +2507,8 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
         lines = []
         for (name, c), seeds in rows.items():
             c, others = json.loads(c), [json.loads(o) for n, o in rows if n == name]
-            label = [name, *(f"{k} {c[k]}" for k in c if any(o[k] != c[k] for o in others))]
+            odd = {k: v for k, v in c.items() if any(o.get(k, v) != v for o in others)}
+            label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
             cells = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
             cells = (" / ".join(map(mean_std, cell)) for cell in cells)
             lines.append([", ".join(label), c["arch"], c["aux"] or "none", len(seeds), *cells])
@@ -2789,7 +2789,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in a few minutes"""
     runs, cells = args.runs / "demo", {}
-    short = {"epochs": 2, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
+    short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
