@@ -2671,7 +2671,8 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
     for panel, folder in zip(axes, folders, strict=True):
         if not (results := read_results(folder)):
             raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
-        score = results["score"]
+        scores = [*results["metrics"]]  # an `eval` may lack the method's own
+        score = results["score"] if results["score"] in scores else scores[0]
         with np.load(folder / "scores.npz") as arrays:
             sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
         edges = np.histogram_bin_edges(np.concatenate([*sets.values()]), bins=80)
@@ -2821,10 +2822,10 @@ def command_train(args: argparse.Namespace) -> None:
 def command_eval(args: argparse.Namespace) -> None:
     """evaluate a run, or a weights file, on OOD sets by any scores"""
     source, given = args.run or args.weights, chosen(args)
-    if args.out and args.out.resolve() == Path(source or "").resolve():
-        raise ValueError("--out is the run's own folder: its results are those of its training")
     if not source or (args.run and args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
+    if args.out and args.out.resolve() == source.resolve():
+        raise ValueError("--out is the run's own folder: its results are those of its training")
     state = stored(source)
     if args.run and not state:
         raise ValueError(f"{source} is no run of greg.py train; a weights file goes with --weights")
@@ -2844,7 +2845,6 @@ def command_eval(args: argparse.Namespace) -> None:
     if "absent" in names and net.fc.out_features == K:
         raise ValueError("absent: this network has no class K + 1 to score")
     results, raw = evaluate(net.to(args.device), train_set, test_set, ood, c, names)
-    score = score if score in names else names[0]
     results |= {"config": asdict(c), "score": score} | environment(args.device)
     say(results_table([results]))
     if args.out:

@@ -1982,6 +1982,8 @@ def test_eval_of_a_run_or_of_a_weights_file_gives_the_runs_figures(lab, cli, tmp
         for key, s in np.load(tmp_path / "new/a/scores.npz").items():
             np.testing.assert_array_equal(s, scores[key])
         assert [r[0] for r in table_rows(out)[0]] == ["method", "ce: msp", "ce"]
+    cli(f"eval greg --scores msp --ood rays=rays.npy --out {tmp_path}/b")  # not the run's score
+    assert "figure_scores" in cli(f"figure scores {tmp_path}/b")[0]
     assert table_rows(cli("eval greg --ood rays=rays.npy")[0])[0][0][5:7] == ["rays", "mean"]
 
 
@@ -2104,6 +2106,7 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(cli, tmp_path, monkeypat
 
 
 MISTAKES = """
+eval ce --out ce | own folder
 train --method ce --id synthetic --device cuda:99 | device
 predict nowhere a.png | nowhere
 predict TMP/stopped a.png | finished
