@@ -2173,6 +2173,10 @@ def test_options_are_parsed_and_the_device_is_checked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert greg.pick_device("auto") == greg.pick_device("cpu") == CPU
     refuses(lambda: greg.pick_device("tpu9"), "tpu9")
+    joined = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun does
+    assert greg.pick_device("cpu") == CPU and joined == ["gloo"]
 
 
 @pytest.mark.parametrize("job", ["cifar.sh demo", "cifar.sh cifar100", "imagenet.sh"])
