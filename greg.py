@@ -253,7 +253,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
     In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm has row i feel the others' scores
-    too: masking before and after keeps masked samples out. ValueError if s has no gradient to x.
+    too: masking before and after keeps masked samples out. ValueError unless gradients are on.
     """
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
@@ -1201,7 +1201,8 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image, its short side resized to s = size (from 128 on s · 256 / 224): [1,s,s,3] uint8."""
+    """An image file, its short side resized to s = size (from 128 on s · 256 / 224, as usual on
+    ImageNet), centre crop: [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
     image = T.resize(open_image(path), size if size < 128 else size * 256 // 224, antialias=True)
@@ -1425,8 +1426,9 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
     if not path and name in _OOD:
         return synthetic(name)
-    if not path and name not in (known := (*PAPER_OOD, *IMAGENET_OOD, *_OOD)) and split == "test":
-        known = ", ".join(sorted({*known}))
+    known = sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
+    if split == "test" and not path and name not in known:
+        known = ", ".join(known)
         raise ValueError(f"no OOD set {name!r}: NAME=PATH, available, synthetic or one of {known}")
     where = Path(path).expanduser() if path else published(name, root, download)
     if isinstance(where, list):  # SVHN
@@ -1505,11 +1507,13 @@ class Method(NamedTuple):
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
     prepare: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None  # before the forward pass
+    margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
 
 
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """NTOM's outliers of the epoch, mined from 400,000 auxiliary images, a quarter at most."""
-    p_absent = absent(embed_images(run, run.aux_set, order := order[:400_000])[0])
+    order = order[:400_000]
+    p_absent = absent(embed_images(run, run.aux_set, order)[0])
     return order[quantile_mining(p_absent, min(n, len(order) // 4))]
 
 
@@ -1566,7 +1570,9 @@ METHODS = {
     "ntom": Method(absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, True),
     "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, True),
     "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
-    "oe+grad": Method(oe_loss, Sampler(2), msp, score="msp", lambda_s=0.5),
+    # The paper leaves open what "correctly detected" is for OE's score, the maximum softmax
+    # probability p: here p >= 1/2 for ID and p <= 1/2 for auxiliary images.
+    "oe+grad": Method(oe_loss, Sampler(2), msp, "msp", lambda_s=0.5, margins=(-0.5, -0.5)),
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
@@ -1657,6 +1663,7 @@ def resolve(c: Config) -> Config:
     positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
+    no_scores = c.margins and method.loss is energy_loss and not init
     twice = kind == "imagenet" and c.aux.startswith("imagenet") and c.aux != c.id
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number"),
@@ -1664,7 +1671,7 @@ def resolve(c: Config) -> Config:
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (c.candidates < least, f"--candidates must be at least {least} for {c.method}"),
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
-        (c.margins and not init, "--margins auto is of a pre-trained network: name it with --init"),
+        (no_scores, "--margins auto is of a pre-trained network: name it with --init"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
         (tunes and not init, f"{c.method} fine-tunes a pre-trained network: name it with --init"),
@@ -2135,9 +2142,7 @@ def average(t: Tensor) -> Tensor:
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
-    # The paper leaves open what "correctly detected" is for OE's score, the maximum softmax
-    # probability p: here p >= 1/2 for ID and p <= 1/2 for auxiliary images.
-    m_in, m_aux = (-0.5, -0.5) if method.gradient is msp else (c.m_in, c.m_aux)
+    m_in, m_aux = method.margins or (c.m_in, c.m_aux)
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress, looked = bar(None, what, total=run.steps, initial=run.step), began
@@ -2867,6 +2872,9 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs = table_runs(args)
+    for c in runs.values():
+        if not c.init:  # what depends on no other run is checked before any of them begins
+            resolve(c)
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
             words = ["python", sys.argv[0], "train", "--out", folder]

@@ -1565,6 +1565,8 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
     not_below_0 = "wd n_train n_aux lambda_s lambda_grad noise workers aux_epoch".split()
     for word, change in (
         ("energy+sampling", {"method": "grog"}), ("--init", {"init": ""}),
+        ("auto", {"method": "greg+", "init": "", "margins": "auto"}),
+        ("--m-aux", {"margins": "auto", "m_in": -9.0}),
         ("m_in", {"m_in": -7.0}), ("m_in", {"m_in": -math.inf}), ("m_in", {"m_aux": math.nan}),
         ("at least 2", {"method": "greg+", "candidates": 1}), ("--lr", {"lr": math.nan}),
         *(("--schedule", {"schedule": s}) for s in ("0.5;1", "1/0", "0.5,1", "0", "")),
@@ -1613,6 +1615,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
         assert again().epoch == 1 and str(path) in capsys.readouterr().err
     path.unlink()
     assert again().epoch == 1  # killed between two renamings
+    again(tmp_path / "next", init=str(folder))  # a start, likewise
     previous.write_bytes(b"nothing")
     refuses(again, "no intact checkpoint", "delete")
     (folder / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
@@ -1820,7 +1823,8 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path):
     assert {*done["metrics"]} == {*greg.POST_HOC_ROWS} and done["score"] == "energy"
     for same in c, greg.replace(c, ood=c.ood[:1]):
         assert greg.train(same, lab / "ce", CPU) == done
-    for message, odd in ("other OOD sets", {"ood": ("svhn",)}), ("lr 0.05 -> 0.5", {"lr": 0.5}):
+    others = [("other OOD sets", {"ood": (spec,)}) for spec in ("svhn", "rays=another.npy")]
+    for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
     assert {*greg.environment(CPU)} <= {*json.loads(text)} and greg.read_results(tmp_path) is None
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99]:
@@ -2107,6 +2111,7 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(cli, tmp_path, monkeypat
 
 MISTAKES = """
 eval ce --out ce | own folder
+table 2 --margins auto | pre-trained
 train --method ce --id synthetic --device cuda:99 | device
 predict nowhere a.png | nowhere
 predict TMP/stopped a.png | finished
