@@ -1723,6 +1723,8 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
 def stored(path: str | Path) -> dict[str, Any]:
     """The checkpoint of a run's folder (if damaged, the one before) or file; {} of other files."""
     path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: name a run's folder or a weights file")
     if not path.is_dir():
         state = read_tensors(path)
         return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
@@ -2899,7 +2901,7 @@ def command_table(args: argparse.Namespace) -> None:
 def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
     folder = args.out or args.run
-    folder.mkdir(parents=True, exist_ok=True)
+    (args.out or Path()).mkdir(parents=True, exist_ok=True)
     options = {"epsilons": args.eps, "sigma": args.sigma, "n": args.draws, "local": args.local}
     report, lines = certify_run(args.run, args.device, args.images, chosen(args), **options), []
     for name, rows in report["sets"].items():

@@ -1227,6 +1227,10 @@ def test_cifar_and_svhn_are_torchvisions_and_places365_is_cut(tmp_path, monkeypa
     greg.load_id("cifar10", root, download=True)
     one, two = ([(root, part, do) for part in (True, False)] for do in (True, False))
     assert calls == [*one, *two, (root, "test", False), "wait", *two] and svhn.is_contiguous()
+    monkeypatch.setattr(greg, "world", lambda: (0, 2))  # who fails to fetch keeps none waiting
+    monkeypatch.setattr("torchvision.datasets.SVHN", lambda *_, **k: os.stat("no network"))
+    refuses(lambda: greg.load_ood(["svhn"], root, True), "svhn", error=FileNotFoundError)
+    assert calls[-1] == "wait"
     monkeypatch.setattr(greg, "image_files", lambda folder: ["x.png"] * 36500)
     monkeypatch.setattr(greg, "decode", lambda f, *_: torch.zeros(len(f), 32, 32, 3).byte())
     (tmp_path / "val_256").mkdir()
@@ -1964,7 +1968,7 @@ def test_predict_decides_by_the_threshold_and_goes_on_after_a_bad_file(lab, cli,
     f, _ = greg.embed(net, greg.normalise(images, *greg.STATS["cifar10"]))
     ((header, *rows),) = table_rows(cli(f"predict ce {tmp_path} none.png", 2)[0])
     assert header == ["image", "class", "score", "gamma", "decision"] and state["gamma"] == gamma
-    *rows, bad, none = sorted(rows)
+    *rows, bad, none = rows  # a folder in the order of its names
     for i, (row, s) in enumerate(zip(rows, greg.energy_score(f).tolist(), strict=True)):
         wanted = f"{tmp_path}/{i:02d}.png", str(f[i].argmax().item()), pytest.approx(s, abs=2e-3)
         assert (*row[:2], float(row[2])) == wanted and row[3] == f"{gamma:.3f}"
@@ -2131,6 +2135,7 @@ eval --ood rays=rays.npy ce | before the options
 certify TMP/renamed --out none | zero
 certify TMP/react | energy
 certify greg --images -1 | need images
+certify nowhere | no nowhere
 """
 
 
