@@ -258,7 +258,9 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
     keep = torch.ones_like(s) if mask is None else mask.to(s.dtype)
-    (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True)
+    (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True, allow_unused=True)
+    if g is None:
+        raise ValueError("s does not depend on x: is part of the network under torch.no_grad()?")
     return torch.linalg.vector_norm(g.flatten(1), dim=1) * keep
 
 
@@ -365,7 +367,8 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks:
         for m in linear:
-            hooks.enter_context(m.register_forward_hook(lambda m, z, f: caught.append((z[0], f))))
+            catch = lambda m, z, f: caught.append((z[0], f))  # noqa: E731
+            hooks.enter_context(m.register_forward_hook(catch, prepend=True))
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
     for z, given in caught:
@@ -531,6 +534,7 @@ def _exact(net, x, *also):
         _demand(m, not any(callable(v) or (v and k.endswith("hooks")) for k, v in vars(m).items()))
         _demand(m, getattr(m, "running_var", 0) is not None)
         _demand(m, not isinstance(getattr(m, "padding", 0), str))
+    _demand(net, not nn.modules.module._has_any_global_hook())
     if any(m.training for m in net.modules()):
         raise ValueError("certificates hold in eval mode; call net.eval() first")
     if not all(v.isfinite().all() for v in (*net.parameters(), *net.buffers(), x)):
@@ -818,9 +822,9 @@ def attack(
     shrink from eps / 2, every other time from 2 eps. An x' counts if it is within eps once rounded;
     clamp=(0, 1) keeps images images. A failed attack proves nothing. ValueError in training mode.
     """
-    if steps < 1 or restarts < 1 or any(m.training for m in net.modules()):
-        raise ValueError("attacks need steps and restarts >= 1, and eval mode: net.eval() first")
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
+    if min(steps, restarts) < 1 or not (eps >= 0).all() or any(m.training for m in net.modules()):
+        raise ValueError("attacks need steps, restarts >= 1, eps >= 0, and eval mode: net.eval()")
     limit = (eps * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), torch.zeros_like(eps)
     sign = torch.where(s_worst > gamma, -1.0, 1.0)
@@ -1069,7 +1073,10 @@ def world() -> tuple[int, int]:
 def say(text: str, to: Any = None) -> None:
     """Print, by the first process alone."""
     if world()[0] == 0:
-        print(str(text).rstrip("\n"), file=to, flush=True)
+        try:
+            print(str(text).rstrip("\n"), file=to, flush=True)
+        except BrokenPipeError:  # who read it has left; what was computed is still to be saved
+            sys.stdout = open(os.devnull, "w") if to is None else sys.stdout
 
 
 def remark(text: object) -> None:
@@ -1183,7 +1190,7 @@ def open_image(path: str | Path) -> Any:
     """An image file as RGB, as a viewer shows it: upright, on white; ValueError if it is none."""
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = 2**29  # the user named the file
+    Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or 0)  # the user named the file
     with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))
@@ -1205,7 +1212,9 @@ def load_image(path: str | Path, size: int = 32) -> Tensor:
     ImageNet), centre crop: [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
-    image = T.resize(open_image(path), size if size < 128 else size * 256 // 224, antialias=True)
+    image, short = open_image(path), size if size < 128 else size * 256 // 224
+    h, w = (min(v, 4 * min(image.size)) for v in image.size[::-1])  # a strip's ends go anyway
+    image = T.resize(T.center_crop(image, [h, w]), short, antialias=True)
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
@@ -1223,7 +1232,8 @@ def image_files(folder: str | Path) -> list[str]:
     kinds, seen, paths = Image.registered_extensions(), {os.path.realpath(folder)}, []
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         real = {f: os.path.realpath(Path(at, f)) for f in sorted(folders)}
-        folders[:] = [f for f in real if f[0] != "." and f != "__MACOSX" and real[f] not in seen]
+        litter = {f for f in real if f[0] in ".@" or f == "__MACOSX" or real[f] in seen}
+        folders[:] = [f for f in real if f not in litter]
         seen.update(real[f] for f in folders)  # links can go in circles
         paths += [str(Path(at, n)) for n in names if n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in Image.OPEN)
@@ -1249,9 +1259,9 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
             with contextlib.suppress(ValueError, TypeError):  # objects or text beside the numbers
                 arrays[name] = torch.from_numpy(loaded[name])
     except Exception:  # zip, zlib and NumPy each raise their own
-        arrays = {}
+        raise ValueError(f"{path} is damaged, or no .npy or .npz of numbers") from None
     if not arrays:
-        raise ValueError(f"{path}: no array of numbers; give uint8 [N,H,W,3] in an .npy or .npz")
+        raise ValueError(f"{path} has no array of numbers; give uint8 [N,H,W,3]")
     return arrays
 
 
@@ -1370,20 +1380,13 @@ def published(name: str, root: str | Path, download: bool) -> Any:
 
 def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     """The files root/train|val/WNID/*.JPEG of ImageNet's ID classes, or "aux": train, of the rest.
-    ID classes: the authors' ten (""), the first N of their permutation, or names with commas."""
-    import numpy as np
-
+    ID classes: the authors' ten (""), or names with commas."""
     known, ten = class_folders(root / "train"), "n02396427,n04141975,n02834397,n02111277,n03534580"
     names = (classes or ten + ",n01877812,n02837789,n01443537,n02114367,n03857828").split(",")
-    if classes.isdigit():
-        rank = np.random.RandomState(1993).permutation(len(known))  # those of the lowest ranks
-        names = [known[i] for i in rank.argsort()[: int(classes)]]
     odd = sorted({*names} - {*known})[:3]
     if odd or not 2 <= len({*names}) == len(names) < len(known):
         lacks = f", which lacks {odd}" if odd else ""
-        raise ValueError(
-            f"imagenet:NUMBER or :NAME,NAME is two to all but one of {root}/train{lacks}"
-        )
+        raise ValueError(f"imagenet:NAMES are two to all but one of {root}/train{lacks}")
     if part == "aux":
         part, names = "train", [n for n in known if n not in names]
     return class_images(root / part, names, size, part == "train")
@@ -1409,7 +1412,8 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     else:
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
         if missing := [k for k in keys if k not in arrays]:
-            raise ValueError(f"{path} holds {', '.join(arrays)}; ID data also need {missing}")
+            has = f"{path} has numbers in {', '.join(arrays)}"
+            raise ValueError(f"{has}; ID data also need them in {', '.join(missing)}")
         x, y, x_test, y_test = (arrays[k] for k in keys)
         names = tuple(str(c) for c in range(len(y.unique())))
         sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, 0, 0)[2]
@@ -1429,7 +1433,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     known = sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     if split == "test" and not path and name not in known:
         known = ", ".join(known)
-        raise ValueError(f"no OOD set {name!r}: NAME=PATH, available, synthetic or one of {known}")
+        raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic or one of {known}")
     where = Path(path).expanduser() if path else published(name, root, download)
     if isinstance(where, list):  # SVHN
         return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
@@ -1463,24 +1467,17 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     return check_set(images, size, f"--aux {name}")
 
 
-def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> tuple:
-    """OOD test sets by name, and the names that "available" (those of PAPER_OOD there) left out. A
-    spec is also one of PAPER_OOD or IMAGENET_OOD, "synthetic" (all families) or NAME=PATH."""
-    sets, left_out, groups = {}, [], {"synthetic": _OOD, "available": PAPER_OOD}
-    for item, spec in ((v, k) for k in specs for v in groups.get(k, [k])):
+def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
+    """OOD test sets by name. A spec is one of PAPER_OOD or IMAGENET_OOD, NAME=PATH, or "synthetic":
+    all built-in families. ValueError for a name given twice or one that tables need."""
+    sets = {}
+    for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, _, path = item.partition("=")
         if name in sets or path and (name in ("", "id", "mean") or "/" in name):
             raise ValueError(f"--ood {item}: the name {name!r} is taken")
-        try:
-            images = unlabelled(name, path, root, download, size, "test")
-            sets[name] = check_set(images, size, f"--ood {item}")
-        except FileNotFoundError:
-            if spec != "available":
-                raise
-            left_out.append(name)
-    if not sets:
-        raise ValueError(f"no OOD set to evaluate on: name some of {', '.join(PAPER_OOD)} (--ood)")
-    return sets, left_out
+        images = unlabelled(name, path, root, download, size, "test")
+        sets[name] = check_set(images, size, f"--ood {item}")
+    return sets
 
 
 # ==================================================================================================
@@ -1492,7 +1489,7 @@ class Sampler(NamedTuple):
     """A step's auxiliary images, `per_id` for each ID image: random, or by `pick`, or by `pool`."""
 
     per_id: int = 1
-    pick: Callable[..., Tensor] | None = None  # (logits, z, k, generator): k · per_id of candidates
+    pick: Callable[..., Tensor] | None = None  # (z, f, k, generator): k · per_id of candidates
     pool: Callable[..., Tensor] | None = None  # (run, order, n, generator): n, once an epoch
 
 
@@ -1513,7 +1510,7 @@ class Method(NamedTuple):
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """NTOM's outliers of the epoch, mined from 400,000 auxiliary images, a quarter at most."""
     order = order[:400_000]
-    p_absent = absent(embed_images(run, run.aux_set, order)[0])
+    p_absent = absent(embed_images(run, run.aux_set, order)[1])
     return order[quantile_mining(p_absent, min(n, len(order) // 4))]
 
 
@@ -1526,11 +1523,11 @@ def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     parts = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
     for images, i, times, target in parts if len(buffer) else ():
-        z = embed_images(run, images, i)[1].double()
+        z = embed_images(run, images, i)[0].double()
         gram += times * (z.mT @ z)
         zy += times * target * z.sum(0)
     beta = poem_draw(*poem_posterior(gram, zy), generator)
-    z = embed_images(run, run.aux_set, order)[1]
+    z = embed_images(run, run.aux_set, order)[0]
     nearest = (z @ beta.to(z.dtype)).abs().argsort(stable=True)[:n]
     chosen = order[nearest.sort().values]  # in the random order, not the nearest first
     run.memory["buffer"] = torch.cat([buffer, chosen])[-4 * n :]
@@ -1548,15 +1545,15 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     """Balanced energy's class prior: the classes that the network at the start gives outliers."""
     c, K = run.config, run.net.fc.out_features
     if "prior" not in run.memory:
-        classes = embed_images(run, run.aux_set)[0].argmax(1)
+        classes = embed_images(run, run.aux_set)[1].argmax(1)
         run.memory["prior"] = torch.bincount(classes, minlength=K) / len(classes)
     prior = run.memory["prior"].to(x_aux.device)  # and the authors' alpha, gamma for both CIFARs
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
 # Each process of torchrun clusters its own share: batch / processes clusters of its candidates.
-ENERGY_SAMPLING = Sampler(2, lambda f, z, k, g: energy_sampling(z, energy_score(f), k, g))
-DOS_SAMPLING = Sampler(1, lambda f, z, k, g: dos_sampling(z, absent(f), k, g))
+ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
+DOS_SAMPLING = Sampler(1, lambda z, f, k, g: dos_sampling(z, absent(f), k, g))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
 METHODS = {
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
@@ -1628,7 +1625,7 @@ class Config:
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
     # WHERE, which makes no other run:
-    ood: Sequence[str] = option((), "OOD sets: names, available, NAME=PATH (the paper's)")
+    ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
     workers: int = option(4, "processes that decode")
@@ -1747,12 +1744,19 @@ def saved_config(saved: dict[str, Any]) -> Config:
     return Config(**known)
 
 
+def one_spelling(spec: Any) -> str:
+    """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
+    name, equals, path = str(spec).rpartition("=")
+    path = os.path.realpath(os.path.expanduser(path))
+    return name + equals + re.sub(r"/checkpoint\.pt$", "", path)
+
+
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs, if a folder's run is not of this configuration."""
     theirs, free = asdict(saved_config(saved)), {*WHERE, *(("m_in", "m_aux") if c.margins else ())}
     pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
-    real = os.path.realpath  # one path, two spellings
-    if differ := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs if real(str(a)) != real(str(b))):
+    pairs = [(k, a, b) for k, a, b in pairs if one_spelling(a) != one_spelling(b)]
+    if differ := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs):
         raise ValueError(f"{folder} holds another run ({differ}); choose another folder")
 
 
@@ -1784,6 +1788,7 @@ def interrupts(run: Run) -> Iterator[None]:
         run.stopped_by = number
 
     mine = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    mine = [number for number in mine if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     old = {number: signal.signal(number, stop) for number in mine}
     try:
         yield
@@ -1803,47 +1808,52 @@ def alone(folder: Path) -> Iterator[None]:
             if world()[0] == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another process trains in {folder}: wait or use another") from None
+            raise ValueError(f"another process works in {folder}: wait or use another") from None
         yield
 
 
 # ---- The network.
+def network(arch: str, K: int, seed: int = 0) -> Net:
+    """A network of K outputs, initialised by the seed; the caller's generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ARCHS[arch](K)
+
+
 def build(c: Config, classes: Sequence[str]) -> Net:
     """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
     K, path = len(classes), Path(c.init).expanduser()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(c.seed)
-        net = ARCHS[c.arch](K + METHODS[c.method].extra_class)
+    net = network(c.arch, K + METHODS[c.method].extra_class, c.seed)
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
-        net.features = load_weights(ARCHS["densenet121"](1000), weights).features
+        net.features = load_weights(network(c.arch, 1000), weights).features
     elif c.init:
         saved = stored(path)
         check_classes(saved, classes, c.init)
         if saved and "gamma" not in saved:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
         file = path / "checkpoint.pt" if path.is_dir() else path
-        start = load_weights(ARCHS[c.arch](K), file, saved)
+        start = load_weights(network(c.arch, K), file, saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
     return net
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False, chunk: int = 512) -> tuple[Tensor, Tensor]:
-    """Logits [N,K] and features z [N,d] in eval mode without gradients, chunk by chunk."""
+    """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
         # On a CPU 32, whose activations stay near its cache; that can halve the time.
         parts = x.split(min(chunk, 32) if x.device.type == "cpu" else chunk)
         z, f = zip(*(features_and_logits(net, part) for part in parts), strict=True)
-    return torch.cat(f).float(), torch.cat(z).float()
+    return torch.cat(z).float(), torch.cat(f).float()
 
 
 def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Logits and features of images i (all), without augmentation, in the CPU's memory."""
+    """Features and logits of images i (all), without augmentation, in the CPU's memory."""
     parts = bar((torch.arange(len(images.x)) if i is None else i).split(512), "mining")
     out = (embed(run.net, to_input(run, images.pixels(i)), run.config.amp) for i in parts)
-    f, z = zip(*((f.cpu(), z.cpu()) for f, z in out), strict=True)
-    return torch.cat(f), torch.cat(z)
+    z, f = zip(*((z.cpu(), f.cpu()) for z, f in out), strict=True)
+    return torch.cat(z), torch.cat(f)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -2038,6 +2048,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
         check_classes(state, ids.classes, folder)
+        if state.get("labels", labels := hashed(ids.y.tolist())) != labels:
+            raise ValueError(f"{folder} was trained on other images: another number, or order")
         net.load_state_dict(state["net"])
         sgd.load_state_dict(state["optimizer"])
         sums += state["sums"].to(device)
@@ -2064,9 +2076,10 @@ def save(run: Run, **more: Any) -> None:
     if world()[0] == 0:
         state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
         state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
-        state |= {"size": run.train_set.x.shape[1], "net": run.net.state_dict()}
+        state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
         content = io.BytesIO()  # torch.save to a full disk would raise no OSError
-        torch.save(state | {"optimizer": run.optimizer.state_dict()}, content)
+        weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
+        torch.save(state | weights, content)
         write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
@@ -2152,8 +2165,8 @@ def train_epoch(run: Run) -> None:
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
         x_aux, context = candidates, {}
         if method.sampler.pick:  # Algorithm 1
-            logits, z = embed(run.net, candidates, c.amp, c.candidate_chunk)
-            x_aux = candidates[method.sampler.pick(logits, z, len(x_in), g)]
+            z, f = embed(run.net, candidates, c.amp, c.candidate_chunk)
+            x_aux = candidates[method.sampler.pick(z, f, len(x_in), g)]
         if method.prepare:
             x_aux, context = method.prepare(run, x_in, x_aux, g)
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
@@ -2193,9 +2206,9 @@ def look(run: Run, progress: Any) -> dict[str, float]:
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
         why = "--lr or --lambda-grad is too large, or --stats not the start's"
         raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")
-    progress.update(run.step - progress.n)
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
-    progress.set_postfix_str(" ".join(some))
+    progress.set_postfix_str(" ".join(some), refresh=False)
+    progress.update(run.step - progress.n)
     stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()
     if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
@@ -2228,15 +2241,19 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        logits = embed(run.net, x)[0]
+        logits = embed(run.net, x)[1]
         s[kind] = energy_score(logits)
         row[f"probe_s_{kind}"] = s[kind].mean().item()
-        row[f"probe_gradient_{kind}"] = input_gradients(run.net, x).mean().item()
+        parts = bar(x.split(chunk_of(x.shape[-1])), f"‖∇S‖ {kind}")
+        gradients = torch.cat([input_gradients(run.net, part) for part in parts])
+        row[f"probe_gradient_{kind}"] = gradients.mean().item()
         if kind == "in":
             hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y[:256]
             row["probe_accuracy"] = hit.float().mean().item()
     if run.aux_set:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
+    if not all(map(math.isfinite, row.values())):  # the step after the last look
+        raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
     if world()[0] == 0:
         # A run that was resumed replaces the rows after its checkpoint.
         rows = [*(r for r in read_log(run.folder) if r["epoch"] < row["epoch"]), row]
@@ -2246,9 +2263,9 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
 
 def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
     """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in the space of x."""
-    with eval_mode(net):
-        parts = [v.detach().requires_grad_() for v in x.split(chunk_of(x.shape[-1]))]
-        return torch.cat([gradient_norm(energy_score(net(v)), v).detach() for v in parts])
+    with eval_mode(net), torch.autocast(x.device.type, enabled=False):
+        x = x.detach().requires_grad_()
+        return gradient_norm(energy_score(net(x)), x).detach()
 
 
 def chunk_of(size: int) -> int:
@@ -2278,12 +2295,12 @@ def evaluate(
 
     net.eval()
     if NEED_FIT & {*names}:
-        z = torch.cat([embed(net, x)[1] for x in parts(train_set, "fit the scores")])
+        z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
         fit = fit_scores(net, z, train_set.y.to(z.device), *fit[:2], K)
     for key, images in {"id": test_set, **ood}.items():
         rows = []
         for x in parts(images, f"score {key}"):
-            f, z = embed(net, x)
+            z, f = embed(net, x)
             f = f[:, :K]
             rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
         classes, *scores = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
@@ -2293,7 +2310,7 @@ def evaluate(
         if key == "id":
             accuracy = (classes == images.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
-        remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats?")
+        remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats, or other labels?")
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
     for sets in metrics.values():
@@ -2307,23 +2324,23 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     train_set, test_set = load_id(c.id, c.root, c.download, c.size)
     paper = IMAGENET_OOD if c.id.partition(":")[0] == "imagenet" else PAPER_OOD
     specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
-    ood, missing = load_ood(specs, c.root, c.download, train_set.x.shape[1])
-    if missing:
-        remark(f"OOD sets that are not there: {', '.join(missing)}")
+    ood = load_ood(specs, c.root, c.download, train_set.x.shape[1])
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
-    c, folder, device = resolve(config), Path(folder), torch.device(device)
+    c, folder, device = resolve(config), Path(folder).expanduser(), torch.device(device)
     if done := read_results(folder):
         check_same(c, done["config"], folder)
-        new = {*c.ood} - {*done["config"]["ood"], "synthetic", "available"}
-        if not new <= {*done["gradient_norm"]}:
+        known = *done["config"]["ood"], *done["gradient_norm"], "synthetic"
+        if not {*map(one_spelling, c.ood)} <= {*map(one_spelling, known)}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done
     train_set, test_set, ood = load_sets(c)
     aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
+    if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
+        raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
     with alone(folder):
         run = start(c, folder, device, train_set, aux and aux.take(slice(c.n_aux or None)))
         with interrupts(run):
@@ -2365,10 +2382,13 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     """The results of a finished run, None of an unfinished one; ValueError for another's file."""
     path, keys = folder / "results.json", "config accuracy gamma gradient_norm metrics score"
     try:
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        return results if results is None else {k: results[k] for k in keys.split()}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged or not greg's: move it away") from None
+        if not path.exists():
+            return None
+        results = json.loads(path.read_text(encoding="utf-8"))
+        results_table([results])  # it has all that tables need
+        return {k: results[k] for k in keys.split()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged or not greg's ({e}): move it away") from None
 
 
 def load_run(source: Any, device: Any, finished: bool = True) -> tuple[Net, Config, dict[str, Any]]:
@@ -2377,7 +2397,7 @@ def load_run(source: Any, device: Any, finished: bool = True) -> tuple[Net, Conf
     if not state or (finished and "gamma" not in state):
         raise ValueError(f"{source} is no finished run of greg.py train, so it has no threshold")
     config = saved_config(state["config"])
-    net = ARCHS[config.arch](len(state["net"]["fc.bias"]))
+    net = network(config.arch, len(state["net"]["fc.bias"]))
     net.load_state_dict(state["net"])
     return net.to(device).eval(), config, state
 
@@ -2394,7 +2414,7 @@ def predict(folder: str | Path, paths: Sequence[Any], device: Any) -> list[dict[
         row = {"image": path, "class": "", "score": "", "gamma": gamma}
         try:
             x = normalise(load_image(path, state["size"]).to(device), *STATS[config.stats])
-            f, z = embed(net, x)
+            z, f = embed(net, x)
             f = f[:, : len(classes)]
             row |= {"class": classes[f.argmax()], "score": SCORES[name](net, x, f, z, fit).item()}
             rows.append(row | {"decision": "ID" if row["score"] <= gamma else "OOD"})
@@ -2416,8 +2436,11 @@ def certify_report(
     probability 1 - alpha an input; "id_rejected": ID inputs attacked above `gamma` (default: the
     threshold of x_in, at which FPR95 is).
     """
-    if not all(map(len, (x_in, *x_out.values()))) or n < 0 or not min(sigma, *epsilons) > 0:
+    bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
+    if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
+    if n:  # refuses too few draws before the work
+        smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha)
     g = rng(x_in.device, "certificates")
 
     @torch.no_grad()
@@ -2425,7 +2448,8 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        return torch.cat([f(part, *args) for part in bar(x.split(16), f.__name__)])
+        parts = x.split(1 if f is smoothed else 8)  # a sign of life each
+        return torch.cat([f(part, *args) for part in bar(parts, f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
@@ -2473,7 +2497,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table for a terminal, padded, in blocks as wide as it, constants on top; else Markdown."""
-    if not sys.stdout.isatty():
+    if not (sys.stdout and sys.stdout.isatty()):
         return markdown(header, rows)
     first, *columns = ([str(v) for v in column] for column in zip(header, *rows, strict=True))
     same = [c for c in columns if len(rows) > 1 and len({*c[1:]}) == 1]
@@ -2504,13 +2528,14 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
         c["init"] = re.sub(r"seed\d+", "seed", c["init"])  # each seed's own pre-training
         own = ("seed", *WHERE, *(("m_in", "m_aux") if c["margins"] else ()))
         same = json.dumps({k: c[k] for k in c if k not in own})
+        paths = tuple(sorted(one_spelling(v) for v in c["ood"] if "=" in v))
         g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())
         for score, sets in r["metrics"].items():
             name = c["method"] + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
-            seeds = tables.setdefault((c["id"], *sets), {}).setdefault((name, same), {})
+            seeds = tables.setdefault((c["id"], paths, *sets), {}).setdefault((name, same), {})
             seeds[c["seed"]] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
-    for (data, *sets), rows in tables.items():
+    for (data, _, *sets), rows in tables.items():
         lines = []
         for (name, c), seeds in rows.items():
             c, others = json.loads(c), [json.loads(o) for n, o in rows if n == name]
@@ -2680,8 +2705,8 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
             raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
         scores = [*results["metrics"]]  # an `eval` may lack the method's own
         score = results["score"] if results["score"] in scores else scores[0]
-        with np.load(folder / "scores.npz") as arrays:
-            sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
+        arrays = read_arrays(folder / "scores.npz")
+        sets = {k: arrays[f"{score}/{k}"].numpy() for k in results["gradient_norm"]}
         edges = np.histogram_bin_edges(np.concatenate([*sets.values()]), bins=80)
         for name, s in sets.items():
             panel.hist(s, edges, density=True, label=name, histtype="step", fill=name == "id")
@@ -2831,8 +2856,8 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     if not source or (args.run and args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
-    if args.out and args.out.resolve() == source.resolve():
-        raise ValueError("--out is the run's own folder: its results are those of its training")
+    if args.out and any(args.out.glob("checkpoint*.pt")):
+        raise ValueError("--out is a run's own folder: its results are those of its training")
     state = stored(source)
     if args.run and not state:
         raise ValueError(f"{source} is no run of greg.py train; a weights file goes with --weights")
@@ -2844,18 +2869,18 @@ def command_eval(args: argparse.Namespace) -> None:
     names = [*dict.fromkeys(name.strip() for name in (args.scores or score).split(","))]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
-    (args.out or Path()).mkdir(parents=True, exist_ok=True)
-    train_set, test_set, ood = load_sets(c)
-    check_classes(state, test_set.classes, source)
-    net = ARCHS[c.arch](K := len(test_set.classes))
-    net = load_run(source, args.device, False)[0] if state else load_weights(net, source)
-    if "absent" in names and net.fc.out_features == K:
-        raise ValueError("absent: this network has no class K + 1 to score")
-    results, raw = evaluate(net.to(args.device), train_set, test_set, ood, c, names)
-    results |= {"config": asdict(c), "score": score} | environment(args.device)
-    say(results_table([results]))
-    if args.out:
-        save_results(args.out, results, raw)
+    with alone(args.out) if args.out else contextlib.nullcontext():
+        train_set, test_set, ood = load_sets(c)
+        check_classes(state, test_set.classes, source)
+        net = network(c.arch, K := len(test_set.classes))
+        net = load_run(source, args.device, False)[0] if state else load_weights(net, source)
+        if "absent" in names and net.fc.out_features == K:
+            raise ValueError("absent: this network has no class K + 1 to score")
+        results, raw = evaluate(net.to(args.device), train_set, test_set, ood, c, names)
+        results |= {"config": asdict(c), "score": score} | environment(args.device)
+        say(results_table([results]))
+        if args.out:
+            save_results(args.out, results, raw)
 
 
 def command_predict(args: argparse.Namespace) -> int:
@@ -2920,8 +2945,12 @@ def command_certify(args: argparse.Namespace) -> None:
 
 def command_figure(args: argparse.Namespace) -> None:
     """draw Figure 1, Figure 3, histograms of the scores, or the built-in images"""
+    from matplotlib.backend_bases import FigureCanvasBase
+
     out = args.out or Path(f"figure_{args.which}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix[1:] not in (kinds := FigureCanvasBase.filetypes):
+        raise ValueError(f"--out {out} ends in none of .{', .'.join(kinds)}")
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
     if of_runs and not args.folders:

@@ -14,7 +14,7 @@ usage: run_imagenet.sh [--dry-run]
 
 Environment variables and their defaults:
   IMAGENET   ROOT/imagenet   folder with train/WNID/*.JPEG and val/WNID/*.JPEG
-  CLASSES    the authors' ten; or a number, or names with commas
+  CLASSES    the authors' ten; or names with commas
   GPUS       1               processes of torchrun; batches and candidates are shared among them
   PYTHON     a Python with torch; .venv is made beside this script if none is found
   ARCHS      densenet121
