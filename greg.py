@@ -1712,7 +1712,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
                 os.replace(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
-        raise OSError(f"{path} could not be written ({e}): make room; the old is intact") from e
+        raise OSError(f"{path} could not be written ({e}); the old is intact") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1775,7 +1775,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     except ValueError:
-        raise ValueError(f"{path} is damaged: delete its last line") from None
+        raise ValueError(f"{path} is damaged: delete the line that is no JSON") from None
 
 
 @contextlib.contextmanager
@@ -2241,11 +2241,11 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        logits = embed(run.net, x)[1]
+        parts = bar(x.split(chunk_of(x.shape[-1])), f"probe {kind}")
+        both = [(embed(run.net, part)[1], input_gradients(run.net, part)) for part in parts]
+        logits, gradients = map(torch.cat, zip(*both, strict=True))
         s[kind] = energy_score(logits)
         row[f"probe_s_{kind}"] = s[kind].mean().item()
-        parts = bar(x.split(chunk_of(x.shape[-1])), f"‖∇S‖ {kind}")
-        gradients = torch.cat([input_gradients(run.net, part) for part in parts])
         row[f"probe_gradient_{kind}"] = gradients.mean().item()
         if kind == "in":
             hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y[:256]
@@ -2448,7 +2448,7 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        parts = x.split(1 if f is smoothed else 8)  # a sign of life each
+        parts = x.split(1 if f is smoothed else 4 if x.is_cpu else 256)  # a sign of life each
         return torch.cat([f(part, *args) for part in bar(parts, f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
@@ -2743,7 +2743,7 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
         p.data = (torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, steps)
-    for _ in range(steps):
+    for _ in bar(range(steps), f"train with λ_∇S = {lambda_grad:g}"):
         optimiser.zero_grad()
         greg_loss(net, *toy(128, g), -6.0, -2.0, 0.1, lambda_grad).loss.backward()
         optimiser.step()
@@ -2775,7 +2775,8 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
         for side, (x, colour) in sides.items():
             result[f"‖∇S‖ {side}"] = input_gradients(net, x).mean().item()
             x = x[(x.abs() < 2).all(1)][:points]
-            radii, sizes = certify(net, x, gamma, True), torch.logspace(-2, 0.55, 120).tolist()
+            radii = certify(net, x, gamma, True)
+            sizes = bar(torch.logspace(-2, 0.55, 120).tolist(), f"attack {side}")
             distance = torch.stack([attack(net, x, gamma, eps).distance for eps in sizes]).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
             ratios = {f"attack / radius, {k}": distance / r for k, r in radii.items()}

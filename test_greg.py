@@ -1533,7 +1533,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     previous.write_bytes(b"nothing")
     refuses(again, "no intact checkpoint", "delete")
     (folder / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
-    refuses(lambda: greg.read_log(folder), "log.jsonl", "last line")
+    refuses(lambda: greg.read_log(folder), "log.jsonl", "no JSON")
     torch.save(state["net"], path)  # a public file
     assert greg.stored(folder) == greg.stored(path) == {}
     refuses(again, "no run's")
