@@ -367,8 +367,8 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks:
         for m in linear:
-            catch = lambda m, z, f: caught.append((z[0], f))  # noqa: E731
-            hooks.enter_context(m.register_forward_hook(catch, prepend=True))
+            hook = m.register_forward_hook(lambda _, z, f: caught.append((z[0], f)), prepend=True)
+            hooks.enter_context(hook)
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
     for z, given in caught:
@@ -2433,8 +2433,7 @@ def certify_report(
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without layer rules); "smoothed"
     (absent for n = 0): the detector of medians under noise with its own threshold, certified with
-    probability 1 - alpha an input; "id_rejected": ID inputs attacked above `gamma` (default: the
-    threshold of x_in, at which FPR95 is).
+    probability 1 - alpha an input; "id_rejected": ID attacked above gamma (default: x_in's).
     """
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
@@ -2471,10 +2470,9 @@ def certify_report(
         kinds["certified"] = certified
     s_in, smooth_in = over(score, x_in), over(smoothed, x_in).median(1).values if n else None
     gamma = threshold(s_in) if gamma is None else gamma
-    rejected = {eps: over(attacked, x_in, eps, math.inf) > gamma for eps in epsilons}
-    rejected = {eps: v.double().mean().item() for eps, v in rejected.items()}
-    report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n}
-    report |= {"id_rejected": rejected, "sets": {}}
+    raised = {eps: over(attacked, x_in, eps, math.inf) for eps in epsilons}
+    report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n, "sets": {}}
+    report["id_rejected"] = {e: (s > gamma).double().mean().item() for e, s in raised.items()}
     for name, x in x_out.items():
         rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(over(score, x), s_in))}
         rows |= {e: {k: metrics(over(f, x, e), s_in) for k, f in kinds.items()} for e in epsilons}
