@@ -1396,7 +1396,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
     options = {"init": begin, "noise": 0.05} | (as_files(tmp_path) if method == "greg+" else {})
     a, b, c = map(tmp_path.joinpath, "abc")
     loss, clock = greg.greg_loss, itertools.count(1e10, 999)
-    handlers = [signal.getsignal(number) for number in greg.SIGNALS]
+    before = [signal.signal(number, signal.SIG_DFL) for number in greg.SIGNALS]
     ended(begun(a, method, **options))
     for at, signals, error, words in (  # at the last step of an epoch too; a second one is a kill
         (2, [signal.SIGTERM], SystemExit, "143"), (4, [signal.SIGHUP], SystemExit, "129"),
@@ -1420,11 +1420,11 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
         state, err = greg.stored(b), capsys.readouterr().err
         assert 4 * state["epoch"] + state["step"] == min(at, 6)
         assert ("goes on from here" in err) == (error is SystemExit)
-    assert handlers == [signal.getsignal(number) for number in greg.SIGNALS]
+    assert {signal.getsignal(number) for number in greg.SIGNALS} == {signal.SIG_DFL}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     with greg.interrupts(run):
         os.kill(os.getpid(), signal.SIGHUP)
-    signal.signal(signal.SIGHUP, handlers[-1])
+    list(map(signal.signal, greg.SIGNALS, before))
     ended(begun(b, method, **options))
     ended(begun(c, method, seed=1, **options))
     first, second, third = ([greg.stored(d)[k] for k in ("net", "memory")] for d in (a, b, c))
