@@ -820,7 +820,7 @@ def attack(
 
     γ = -inf lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps
     shrink from eps / 2, every other time from 2 eps. An x' counts if it is within eps once rounded;
-    clamp=(0, 1) keeps images images. A failed attack proves nothing. ValueError in training mode.
+    clamp=(0, 1) keeps images images. Failure proves nothing. ValueError in training mode, eps < 0.
     """
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     if min(steps, restarts) < 1 or not (eps >= 0).all() or any(m.training for m in net.modules()):
@@ -2333,7 +2333,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     c, folder, device = resolve(config), Path(folder).expanduser(), torch.device(device)
     if done := read_results(folder):
         check_same(c, done["config"], folder)
-        known = *done["config"]["ood"], *done["gradient_norm"], "synthetic"
+        known = {*done["config"]["ood"], *done["gradient_norm"]}
+        known |= {"synthetic"} if {*_OOD} <= known else set()
         if not {*map(one_spelling, c.ood)} <= {*map(one_spelling, known)}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done
@@ -2447,8 +2448,8 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        parts = x.split(1 if f is smoothed else 4 if x.is_cpu else 256)  # a sign of life each
-        return torch.cat([f(part, *args) for part in bar(parts, f.__name__)])
+        size = 1 if f is smoothed else 4 if x.is_cpu else chunk_of(x.shape[-1])
+        return torch.cat([f(part, *args) for part in bar(x.split(size), f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
