@@ -39,6 +39,7 @@ import statistics
 import sys
 import threading
 import time
+import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,12 +115,12 @@ def _bn_relu_conv(c_in, c_out, kernel, stride=1):
     return [nn.BatchNorm2d(c_in), nn.ReLU(), _conv(c_in, c_out, kernel, stride)]
 
 
-def _net(layers, d, K, he):
+def _net(layers, d, K, fan):
     """The layers, pooled, and a head; He initialisation by "fan_in" or "fan_out", no bias."""
     pool = [nn.BatchNorm2d(d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = Net(nn.Sequential(*layers, *pool), d, K)
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
-        nn.init.kaiming_normal_(conv.weight, mode=he, nonlinearity="relu")
+        nn.init.kaiming_normal_(conv.weight, mode=fan, nonlinearity="relu")
     nn.init.zeros_(net.fc.bias)
     return net
 
@@ -158,7 +159,7 @@ def wrn40_2(K: int) -> Net:
     return wrn(40, 2, K)
 
 
-def _densenet(layers, c, blocks, growth, K, he):
+def _densenet(layers, c, blocks, growth, K, fan):
     """DenseNet-BC (Huang et al. 2017): bottlenecks of 4·growth, transitions that halve."""
     for b, n in enumerate(blocks):
         if b:
@@ -168,7 +169,7 @@ def _densenet(layers, c, blocks, growth, K, he):
             body = [*_bn_relu_conv(c, 4 * growth, 1), *_bn_relu_conv(4 * growth, growth, 3)]
             layers += [Concat(nn.Sequential(*body))]
             c += growth
-    return _net(layers, c, K, he)
+    return _net(layers, c, K, fan)
 
 
 def densenet100(K: int) -> Net:
@@ -213,9 +214,9 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
     top = {k: k.partition(".")[0] for k in (*ours, *theirs)}
-    choices = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
-    fits = {tuple(k for k in theirs if top[k] in choice) for choice in choices}
-    fits = [names for names in fits if len(names) == len(ours)]
+    top_names = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
+    fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
+    fits = [keys for keys in fits if len(keys) == len(ours)]
     if len(fits) != 1:
         has = f"{path} has {len(theirs)} tensors ({', '.join([*theirs][:3])}, ...)"
         fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
@@ -382,8 +383,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K-Means (Lloyd 1982): x [N,d] -> labels [N] int64, centroids [k,d], inertia (a scalar).
 
-    The best of `n_init` restarts, in float32 or float64; one stops when its centroids move less
-    than tol times the mean variance of a feature. Labels are the nearest of the centroids returned.
+    The best of `n_init` restarts, in float32 or float64; one stops when its centroids' squared
+    movement is at most tol times a feature's mean variance. Labels: the nearest centroid returned.
     An empty cluster moves to the point farthest from its centroid; with fewer than k distinct
     points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N.
     """
@@ -763,8 +764,8 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
     with torch.no_grad():
         s = energy_score(_exact(net, x)(x.double()))
     top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
-    grid = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
-    local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in grid]
+    sizes = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
+    local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in sizes]
     radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:]))}
     radii["local"] = torch.stack(local).amax(0)
     if regions:
@@ -799,9 +800,9 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
         raise ValueError("need 0 < alpha < 1, sigma > 0, and no NaN in scores or gamma")
     if 0.5**n >= alpha / 2:
         raise ValueError(f"{n} draws decide nothing at alpha = {alpha}, even where all agree")
-    low, high = (torch.as_tensor(beta.ppf(alpha / 2, v, n - v + 1)) for v in (k, n - k))
-    low, high = ((p.nan_to_num(0.0) * _DOWN).clamp(min=0.5) for p in (low, high))
-    return sigma * (torch.special.ndtri(high) - torch.special.ndtri(low)).to(s.device)
+    p_id, p_ood = (torch.as_tensor(beta.ppf(alpha / 2, v, n - v + 1)) for v in (k, n - k))
+    p_id, p_ood = ((p.nan_to_num(0.0) * _DOWN).clamp(min=0.5) for p in (p_id, p_ood))
+    return sigma * (torch.special.ndtri(p_ood) - torch.special.ndtri(p_id)).to(s.device)
 
 
 def smoothing_radius(
@@ -1089,7 +1090,19 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     from tqdm import tqdm
 
     options |= {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
-    return tqdm(items, what, **options)
+    progress = tqdm(items, what, **options)
+
+    def tick(of):  # the clock goes on in a long step too
+        time.sleep(1)
+        while (it := of()) and not it.disable:
+            with it.get_lock():
+                if not it.disable:  # closed meanwhile
+                    it.refresh(nolock=True)
+            del it
+            time.sleep(1)
+
+    threading.Thread(target=tick, args=(weakref.ref(progress),), daemon=True).start()
+    return progress
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -1231,10 +1244,10 @@ def image_files(folder: str | Path) -> list[str]:
 
     kinds, seen, paths = Image.registered_extensions(), {os.path.realpath(folder)}, []
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        real = {f: os.path.realpath(Path(at, f)) for f in sorted(folders)}
-        litter = {f for f in real if f[0] in ".@" or f == "__MACOSX" or real[f] in seen}
-        folders[:] = [f for f in real if f not in litter]
-        seen.update(real[f] for f in folders)  # links can go in circles
+        kept = [f for f in sorted(folders) if f[0] not in ".@" and f != "__MACOSX"]
+        real = {os.path.realpath(Path(at, f)): f for f in kept}
+        folders[:] = [f for target, f in real.items() if target not in seen]
+        seen.update(real)  # links can go in circles
         paths += [str(Path(at, n)) for n in names if n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in Image.OPEN)
     if other := sorted({*paths} - {*files}):
@@ -1430,10 +1443,6 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
     if not path and name in _OOD:
         return synthetic(name)
-    known = sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
-    if split == "test" and not path and name not in known:
-        known = ", ".join(known)
-        raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic or one of {known}")
     where = Path(path).expanduser() if path else published(name, root, download)
     if isinstance(where, list):  # SVHN
         return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
@@ -1470,11 +1479,14 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
 def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
     """OOD test sets by name. A spec is one of PAPER_OOD or IMAGENET_OOD, NAME=PATH, or "synthetic":
     all built-in families. ValueError for a name given twice or one that tables need."""
-    sets = {}
+    sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, _, path = item.partition("=")
         if name in sets or path and (name in ("", "id", "mean") or "/" in name):
             raise ValueError(f"--ood {item}: the name {name!r} is taken")
+        if not path and name not in known:
+            known = ", ".join(known)
+            raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic or one of {known}")
         images = unlabelled(name, path, root, download, size, "test")
         sets[name] = check_set(images, size, f"--ood {item}")
     return sets
@@ -1666,7 +1678,7 @@ def resolve(c: Config) -> Config:
         (low, f"--{' --'.join(low)} too small, or no number"),
         (theirs not in (None, stats), f"--stats {stats}: {init} was trained with {theirs}"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
-        (c.candidates < least, f"--candidates must be at least {least} for {c.method}"),
+        (method.sampler.pick and c.candidates < least, f"--candidates must be at least {least}"),
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
         (no_scores, "--margins auto is of a pre-trained network: name it with --init"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
@@ -1682,10 +1694,9 @@ def learning_rate(c: Config, t: float | Fraction) -> float:
     """Learning rate at the share t in [0, 1) of the run: cosine to 0, or a tenth at each share."""
     if c.schedule == "cosine":
         return c.lr * (1 + math.cos(math.pi * t)) / 2
-    try:
+    shares = [0]
+    with contextlib.suppress(ValueError, ZeroDivisionError):
         shares = [Fraction(share) for share in c.schedule.split(",")]
-    except (ValueError, ZeroDivisionError):
-        shares = [0]
     if not all(0 < share < 1 for share in shares):
         raise ValueError(f'--schedule is "cosine" or shares as "0.5,3/4", not {c.schedule}')
     return c.lr * 0.1 ** sum(t >= share for share in shares)
@@ -1702,14 +1713,13 @@ def rng(device: torch.device | str, *key: object) -> torch.Generator:
 
 
 # ---- What a run leaves in its folder.
-def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
-    """Write so that `path` is never half-written; what was there may be kept, by another name."""
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file, by the first process alone, that is never half-written."""
+    if world()[0] > 0:
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        if keep:
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); the old is intact") from e
@@ -1718,22 +1728,15 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
 
 
 def stored(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's folder (if damaged, the one before) or file; {} of other files."""
+    """The checkpoint of a run's folder or file; {} of other files."""
     path = Path(path).expanduser()
+    path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: name a run's folder or a weights file")
-    if not path.is_dir():
-        state = read_tensors(path)
-        return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
-    files = [p for p in (path / "checkpoint.pt", path / "checkpoint.prev.pt") if p.exists()]
-    for file in files:
-        try:
-            return stored(file)
-        except ValueError as e:
-            remark(f"warning: {e}")
-    if files:
-        raise ValueError(f"no intact checkpoint in {path}: delete the folder to start again")
-    raise FileNotFoundError(f"no checkpoint in {path}; train there first: greg.py train")
+        raise FileNotFoundError(
+            f"there is no {path}: name a run of greg.py train, or a weights file"
+        )
+    state = read_tensors(path)
+    return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
 
 def saved_config(saved: dict[str, Any]) -> Config:
@@ -1755,9 +1758,8 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs, if a folder's run is not of this configuration."""
     theirs, free = asdict(saved_config(saved)), {*WHERE, *(("m_in", "m_aux") if c.margins else ())}
     pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
-    pairs = [(k, a, b) for k, a, b in pairs if one_spelling(a) != one_spelling(b)]
-    if differ := ", ".join(f"{k} {a} -> {b}" for k, a, b in pairs):
-        raise ValueError(f"{folder} holds another run ({differ}); choose another folder")
+    if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if one_spelling(a) != one_spelling(b)]:
+        raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
 
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], where: Any) -> None:
@@ -1788,13 +1790,11 @@ def interrupts(run: Run) -> Iterator[None]:
         run.stopped_by = number
 
     mine = SIGNALS if threading.current_thread() is threading.main_thread() else ()
-    mine = [number for number in mine if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    old = {number: signal.signal(number, stop) for number in mine}
-    try:
+    with contextlib.ExitStack() as before:
+        for number in mine:
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                before.callback(signal.signal, number, signal.signal(number, stop))
         yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -1900,7 +1900,8 @@ class FastDoubleBackward(TorchFunctionMode):
             if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
                 x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
             return _Conv2d.apply(self, x, weight, *options)
-        if func is torch.cat and len({t.dtype for t in args[0]}) == 1 and "out" not in kwargs:
+        plain = func is torch.cat and args and {*kwargs} <= {"dim"}
+        if plain and len({t.dtype for t in args[0]}) == 1:
             return _Cat.apply((*args, kwargs.get("dim", 0))[1], *args[0])
         return func(*args, **kwargs)
 
@@ -2003,6 +2004,7 @@ class _BatchNormBackward(torch.autograd.Function):
 
 # ---- The loop.
 SAVE_SECONDS = 600  # between saves within an epoch
+CHUNK = 32  # images at once where gradients at images are taken, or signs of life are due
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
 
@@ -2043,7 +2045,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
-    if any(folder.glob("checkpoint*.pt")):
+    if (folder / "checkpoint.pt").exists():
         if not (state := stored(folder)):
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
@@ -2065,22 +2067,20 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
-    if world()[0] == 0:
-        content = json.dumps(asdict(run.config) | environment(device), indent=1)
-        write_atomically(folder / "config.json", content)
+    content = json.dumps(asdict(run.config) | environment(device), indent=1)
+    write_atomically(folder / "config.json", content)
     return run
 
 
 def save(run: Run, **more: Any) -> None:
-    """Write all that a resumed run needs; the checkpoint before it stays as .prev.pt."""
-    if world()[0] == 0:
-        state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
-        state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
-        state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
-        content = io.BytesIO()  # torch.save to a full disk would raise no OSError
-        weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
-        torch.save(state | weights, content)
-        write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
+    """Write all that a resumed run needs."""
+    state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
+    state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
+    state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
+    content = io.BytesIO()  # torch.save to a full disk would raise no OSError
+    weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
+    torch.save(state | weights, content)
+    write_atomically(run.folder / "checkpoint.pt", content.getbuffer())
     run.saved_at = time.time()
 
 
@@ -2241,7 +2241,7 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        parts = bar(x.split(chunk_of(x.shape[-1])), f"probe {kind}")
+        parts = bar(x.split(CHUNK), f"probe {kind}")
         both = [(embed(run.net, part)[1], input_gradients(run.net, part)) for part in parts]
         logits, gradients = map(torch.cat, zip(*both, strict=True))
         s[kind] = energy_score(logits)
@@ -2254,10 +2254,9 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
     if not all(map(math.isfinite, row.values())):  # the step after the last look
         raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
-    if world()[0] == 0:
-        # A run that was resumed replaces the rows after its checkpoint.
-        rows = [*(r for r in read_log(run.folder) if r["epoch"] < row["epoch"]), row]
-        write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    # A run that was resumed replaces the rows after its checkpoint.
+    rows = [*(r for r in read_log(run.folder) if r["epoch"] < row["epoch"]), row]
+    write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
     return row
 
 
@@ -2266,11 +2265,6 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
     with eval_mode(net), torch.autocast(x.device.type, enabled=False):
         x = x.detach().requires_grad_()
         return gradient_norm(energy_score(net(x)), x).detach()
-
-
-def chunk_of(size: int) -> int:
-    """Images of this side at once: a sign of life each 32; in memory with gradients (10 GB)."""
-    return min(32, max(1, 250 * 128**2 // size**2))
 
 
 # ==================================================================================================
@@ -2289,7 +2283,7 @@ def evaluate(
     fit = Fit(post_hoc(c.id, c.arch, K), std)
 
     def parts(images, what, most=None):
-        index = torch.arange(len(images.x))[:most].split(chunk_of(images.x.shape[1]))
+        index = torch.arange(len(images.x))[:most].split(CHUNK)
         for i in bar(index, what):
             yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
 
@@ -2358,23 +2352,21 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What produced a result besides its configuration."""
-    cuda = device.type == "cuda"
-    device = torch.cuda.get_device_name(device) if cuda else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     version = {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
-    return version | {"device": device, "processes": world()[1], "argv": shlex.join(sys.argv)}
+    return version | {"device": name, "processes": world()[1], "argv": shlex.join(sys.argv)}
 
 
 def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) -> None:
     """scores.npz, results.md, and last results.json, which marks a run as finished."""
     import numpy as np
 
-    if world()[0] == 0:
-        arrays = io.BytesIO()
-        np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
-        write_atomically(folder / "scores.npz", arrays.getbuffer())
-        write_atomically(folder / "results.md", results_table([results], markdown))
-        write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
+    write_atomically(folder / "scores.npz", arrays.getbuffer())
+    write_atomically(folder / "results.md", results_table([results], markdown))
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     if world()[1] > 1:  # another run may start from these files
         torch.distributed.barrier()
 
@@ -2448,8 +2440,8 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        size = 1 if f is smoothed else 4 if x.is_cpu else chunk_of(x.shape[-1])
-        return torch.cat([f(part, *args) for part in bar(x.split(size), f.__name__)])
+        parts = bar(x.split(4 if x.is_cpu else CHUNK), f.__name__)
+        return torch.cat([f(part, *args) for part in parts])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
@@ -2604,14 +2596,16 @@ COLUMNS = {
 
 def table_columns(number: int, id_data: str = "", archs: Sequence[str] = ()) -> list[tuple]:
     """The columns of a table, on other ID data or other networks where these are given."""
-    first = [c for c in COLUMNS[number] if c[1] == COLUMNS[number][0][1]]
-    columns = [(c[0], a, *c[2:]) for a in archs for c in first] or COLUMNS[number]
+    columns = [(c[0], a, *c[2:]) for a in archs for c in COLUMNS[number]] or COLUMNS[number]
     return [*dict.fromkeys((id_data or c[0], *c[1:]) for c in columns)]
 
 
 def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), table=markdown) -> str:
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
     columns, rows, notes = table_columns(number, id_data, archs), [], set()
+    sets = {", ".join([*r["gradient_norm"]][1:]) for r in results}
+    if len(sets) > 1:
+        raise ValueError(f"these runs have other OOD sets: {' and '.join(sorted(sets))}")
     for label, method, score, *figures in PAPER[number]:
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
         for *wanted, key, metric in columns:
@@ -2622,8 +2616,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
                     values.append(cells[key][metric])
                     note = f"- {method}: ID {c['id']} ({c['n_train'] or 'all'}), auxiliary "
                     note += f"{c['aux'] or 'none'}, {'fine-tuned' if c['init'] else 'from scratch'}"
-                    sets = ", ".join([*r["gradient_norm"]][1:])
-                    notes.add(f"{note}, {c['epochs']} epochs; OOD {sets}\n")
+                    notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
             ours = mean_std(values) if values else "not run"
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
@@ -2856,7 +2849,7 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     if not source or (args.run and args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
-    if args.out and any(args.out.glob("checkpoint*.pt")):
+    if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
     state = stored(source)
     if args.run and not state:
@@ -2919,7 +2912,7 @@ def command_table(args: argparse.Namespace) -> None:
     results = [r for r in map(read_results, runs) if r]
     ours = args.number, results, chosen(args).get("id", ""), args.archs
     say(paper_table(*ours, shown))
-    if not args.read and world()[0] == 0:
+    if not args.read:
         write_atomically(args.runs / f"table_{args.number}.md", paper_table(*ours))
 
 
