@@ -1086,20 +1086,20 @@ def remark(text: object) -> None:
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
-    """A progress bar around `items`, with the total and the time left, after a second."""
+    """A progress bar around `items`, with the total and the time left, after half a second."""
     from tqdm import tqdm
 
-    options |= {"delay": 1, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
+    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
     progress = tqdm(items, what, **options)
 
     def tick(of):  # the clock goes on in a long step too
-        time.sleep(1)
+        time.sleep(0.5)
         while (it := of()) and not it.disable:
             with it.get_lock():
                 if not it.disable:  # closed meanwhile
                     it.refresh(nolock=True)
             del it
-            time.sleep(1)
+            time.sleep(0.5)
 
     threading.Thread(target=tick, args=(weakref.ref(progress),), daemon=True).start()
     return progress
@@ -2315,10 +2315,11 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    train_set, test_set = load_id(c.id, c.root, c.download, c.size)
     paper = IMAGENET_OOD if c.id.partition(":")[0] == "imagenet" else PAPER_OOD
     specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
-    ood = load_ood(specs, c.root, c.download, train_set.x.shape[1])
+    with bar(None, "read the data", total=1):
+        train_set, test_set = load_id(c.id, c.root, c.download, c.size)
+        ood = load_ood(specs, c.root, c.download, train_set.x.shape[1])
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2457,7 +2458,7 @@ def certify_report(
         return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
 
     kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
-    with contextlib.suppress(NotImplementedError):
+    with contextlib.suppress(NotImplementedError), bar(None, "global bound", total=1):
         lipschitz = lipschitz_global(net, x_in.shape[1:])
         over(certified, x_in[:1], 0.0)  # the local bound knows fewer layers
         kinds["certified"] = certified
