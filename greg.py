@@ -280,7 +280,7 @@ def gradient_loss(
     return (norm[:n_in].mean() + norm[n_in:].mean()) / (1 if reduction == "paper" else len(s))
 
 
-# The objective, its three terms, and the logits [N,K] and scores [N] of the forward behind them.
+# The objective, its terms (energy: Eq. (1) or aux_loss), the logits [N,K] and scores [N] of x.
 GregLoss = namedtuple("GregLoss", "loss ce energy gradient logits scores")
 
 
@@ -373,7 +373,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
     for z, given in caught:
-        if given is f and f.dim() == 2:
+        if given is f and f.dim() == 2:  # the very tensor: nothing came after
             return z, f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -404,7 +404,7 @@ def kmeans(
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
                 distance += square
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
-                    break
+                    break  # the last pass only assigns
                 old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
                 c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # in fixed order
                 c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
@@ -418,8 +418,8 @@ def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
     next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest so far. Half the
     sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018)."""
-    chance = square + square.mean() + 1e-30  # equal points are as likely as each other
-    x = x[torch.multinomial(chance, min(16 * k, len(x)), generator=generator)]
+    weight = square + square.mean() + 1e-30  # equal points are as likely as each other
+    x = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(x, x).square()
     chosen, closest = [x[0]], distances[0]
     for _ in range(1, k):
@@ -899,10 +899,10 @@ def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[
     """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. A
     feature's contribution to class c, E[h_j ∂f_c/∂h_j | y = c], is W_c ⊙ E[h | y = c]. Class c
     keeps those above the p_a-th percentile, and of their products with the weights the p_w-th."""
-    s = W * z_class
-    activation = torch.stack([percentile(s_c, p_a) for s_c in s])
-    weight = torch.stack([percentile(s_c.abs() * W, p_w) for s_c in s])
-    return lambda c: (s[c].abs() * W > weight[c]) & (s[c] > activation[c])
+    V = W * z_class  # contributions
+    activation = torch.stack([percentile(v, p_a) for v in V])
+    weight = torch.stack([percentile(v.abs() * W, p_w) for v in V])
+    return lambda c: (V[c].abs() * W > weight[c]) & (V[c] > activation[c])
 
 
 def line(z: Tensor, W: Tensor, b: Tensor, masks: Callable, clip: Tensor | float) -> Tensor:
@@ -1001,7 +1001,7 @@ def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
     """γ: the smallest value of s_in at or below which a share of at least tpr of s_in falls, the
     ⌈tpr·n⌉-th smallest, as `predict` can use it: no interpolation. ValueError unless tpr is in
     (0, 1] and s_in, as for all metrics, a vector without NaN."""
-    s_in, share = _vector(s_in), Fraction(str(float(tpr)))
+    s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # 19/20 exactly
     if not 0 < share <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr}")
     return s_in.sort().values[math.ceil(share * len(s_in)) - 1].item()
@@ -2533,8 +2533,8 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
             c, others = json.loads(c), [json.loads(o) for n, o in rows if n == name]
             odd = {k: v for k, v in c.items() if any(o.get(k, v) != v for o in others)}
             label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
-            cells = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
-            cells = (" / ".join(map(mean_std, cell)) for cell in cells)
+            columns = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
+            cells = (" / ".join(map(mean_std, figures)) for figures in columns)
             lines.append([", ".join(label), c["arch"], c["aux"] or "none", len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += table([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines)
@@ -2776,8 +2776,8 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
             for k, v in {"radius": best, "attack": distance, **ratios}.items():
                 result[f"{side} {k}"] = v.median().item()
             panel.plot(*x[:8].T, ".", color=colour, markersize=3)
-            for sizes, style in (best, "-"), (distance.nan_to_num(posinf=0.0), ":"):
-                for centre, r in zip(x[:8].tolist(), sizes.tolist()):  # noqa: B905
+            for circles, style in (best, "-"), (distance.nan_to_num(posinf=0.0), ":"):
+                for centre, r in zip(x[:8].tolist(), circles.tolist()):  # noqa: B905
                     panel.add_patch(Circle(centre, r, fill=False, ls=style, ec=colour, lw=0.8))
         title = f"$\\lambda_{{\\nabla S}}$ = {lambda_grad:g}: ID white, OOD black, γ red; "
         panel.set_title(title + "certified solid, attacked dotted", fontsize=7)

@@ -830,6 +830,7 @@ def test_the_hyper_parameters_of_the_post_hoc_scores_and_what_fitting_them_needs
     one = torch.eye(8)[:6].double()
     refuses(lambda: fit(one, torch.tensor([0] * 4 + [2] * 2)), "every class", "[4, 0, 2]")
     refuses(lambda: fit(one.log(), torch.arange(6) % 3), "finite")
+    assert fit(one, torch.arange(6) % 3).std == (1,)  # ODIN's: of images that are pixels
 
 
 # ---- Metrics (section 6)
