@@ -1900,8 +1900,7 @@ class FastDoubleBackward(TorchFunctionMode):
             if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
                 x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
             return _Conv2d.apply(self, x, weight, *options)
-        plain = func is torch.cat and args and {*kwargs} <= {"dim"}
-        if plain and len({t.dtype for t in args[0]}) == 1:
+        if func is torch.cat and not {*kwargs} - {"dim"} and len({t.dtype for t in args[0]}) == 1:
             return _Cat.apply((*args, kwargs.get("dim", 0))[1], *args[0])
         return func(*args, **kwargs)
 

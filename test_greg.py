@@ -1478,7 +1478,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         c = of(method, **dict(pair.split("=") for pair in given_.split()))
         for key, value in (pair.split("=") for pair in fields.split()):
             assert str(getattr(c, key)) == value, (method, given_, key)
-    assert of("ce", lr=0.5, wd=0.0) == greg.replace(of("ce"), lr=0.5, wd=0.0)
+    assert of("greg+", wd=0.0, candidates=2) == greg.replace(of("greg+"), wd=0.0, candidates=2)
     above_0 = "epochs lr batch size candidates grad_every candidate_chunk".split()
     not_below_0 = "wd n_train n_aux lambda_s lambda_grad noise workers aux_epoch".split()
     for word, change in (
