@@ -2128,7 +2128,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
             if isinstance(x, Exception):
-                raise x
+                raise copy.copy(x)  # x itself would keep this frame, and the bar, alive
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
