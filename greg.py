@@ -280,7 +280,7 @@ def gradient_loss(
     return (norm[:n_in].mean() + norm[n_in:].mean()) / (1 if reduction == "paper" else len(s))
 
 
-# The objective, its terms (energy: Eq. (1) or aux_loss), the logits [N,K] and scores [N] of x.
+# The objective, its terms (energy: Eq. (1) or aux_loss), logits [N,K] and scores [N] behind them.
 GregLoss = namedtuple("GregLoss", "loss ce energy gradient logits scores")
 
 
@@ -1101,7 +1101,8 @@ def bar(items: Any, what: str, **options: Any) -> Any:
             del it
             time.sleep(0.5)
 
-    threading.Thread(target=tick, args=(weakref.ref(progress),), daemon=True).start()
+    if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
+        threading.Thread(target=tick, args=(weakref.ref(progress),), daemon=True).start()
     return progress
 
 
@@ -1732,9 +1733,7 @@ def stored(path: str | Path) -> dict[str, Any]:
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no {path}: name a run of greg.py train, or a weights file"
-        )
+        raise FileNotFoundError(f"there is no {path}: name a run of greg.py train, or weights")
     state = read_tensors(path)
     return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
@@ -2440,7 +2439,7 @@ def certify_report(
         return energy_score(net(x))
 
     def over(f, x, *args):
-        parts = bar(x.split(4 if x.is_cpu else CHUNK), f.__name__)
+        parts = bar(x.split(4 if x.is_cpu else CHUNK), f.__name__)  # a CPU is slow: the time left
         return torch.cat([f(part, *args) for part in parts])
 
     def attacked(x, eps, side=-math.inf):
@@ -2605,7 +2604,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
     columns, rows, notes = table_columns(number, id_data, archs), [], set()
     sets = {", ".join([*r["gradient_norm"]][1:]) for r in results}
     if len(sets) > 1:
-        raise ValueError(f"these runs have other OOD sets: {' and '.join(sorted(sets))}")
+        raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
     for label, method, score, *figures in PAPER[number]:
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
         for *wanted, key, metric in columns:
@@ -2895,6 +2894,7 @@ def command_table(args: argparse.Namespace) -> None:
     for c in runs.values():
         if not c.init:  # what depends on no other run is checked before any of them begins
             resolve(c)
+    paper_table(args.number, [r for r in map(read_results, runs) if r])  # and what is finished
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
             words = ["python", sys.argv[0], "train", "--out", folder]

@@ -877,6 +877,7 @@ TWO, THREE = pixels(0, 2, 32, 32, 3).numpy(), pixels(1, 3, 32, 32, 3).numpy()
 def test_the_clock_of_a_bar_goes_on_in_a_long_step(monkeypatch, capsys):
     wait = greg.threading.Event().wait
     monkeypatch.setattr(greg.time, "sleep", lambda seconds: wait(seconds / 99))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with greg.bar(None, "x", total=2):
         wait(0.5)
     assert capsys.readouterr().err.count("0/2 [") > 9
@@ -1813,7 +1814,7 @@ def test_the_papers_figures_agree_and_a_table_has_ours_beside_them_and_of_what_t
     assert "56 of 60 cells not run" in text and text.count("not run (") == 56
     assert "- oe: ID cifar10 (64), auxiliary none, fine-tuned, 3 epochs; OOD a, b\n" in text
     assert "- greg: ID cifar10 (all), auxiliary none, from scratch" in text
-    refuses(lambda: greg.paper_table(1, [*runs, fake_result(sets="a")]), "OOD sets: a and a, b")
+    refuses(lambda: greg.paper_table(1, [*runs, fake_result(sets="a")]), "OOD sets, a and a, b")
     last = [(6, fake_result("ce")), (3, fake_result(id="imagenet:1", arch="densenet121"))]
     (clean, *_), (*_, greg_row, _) = (table_rows(greg.paper_table(n, [r]))[0][1:] for n, r in last)
     assert clean == ["Clean", "12.50 (94.84)", "not run (94.03)"] and len(greg_row) == 11
@@ -2020,7 +2021,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         figure scores TMP/cut | scores.npz is damaged
         table 2 --margins auto | pre-trained
         train --method ce --id synthetic --device cuda:99 | device
-        predict nowhere a.png | nowhere
         predict TMP/stopped a.png | finished
         predict TMP/react a.png | react
         table --runs nowhere | nowhere
