@@ -2043,7 +2043,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
-    if (folder / "checkpoint.pt").exists():
+    if any(folder.glob("checkpoint*.pt")):  # older editions kept a second one
         if not (state := stored(folder)):
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)

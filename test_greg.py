@@ -1533,6 +1533,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     for content in path.read_bytes()[:-1], path.read_bytes()[:5000], b"":
         path.write_bytes(content)
         refuses(again, str(path))
+    refuses(lambda: path.rename(f"{path}.pt") and again(), str(path), error=FileNotFoundError)
     (folder / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
     refuses(lambda: greg.read_log(folder), "log.jsonl", "no JSON")
     torch.save(state["net"], path)  # a public file
@@ -2037,8 +2038,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         eval --ood rays=rays.npy ce | before the options
         certify TMP/renamed --out none | zero
         certify TMP/react | energy
-        certify greg --images -1 | need images
-        certify nowhere | no nowhere"""
+        certify greg --images -1 | need images"""
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
     states = {"stopped": {k: v for k, v in state.items() if k != "gamma"}}
     states |= {"renamed": state | {"classes": ["zero", *state["classes"][1:]]}}
