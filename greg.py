@@ -1891,61 +1891,61 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if func is F.conv2d and len(args) == 7 and args[2] is None and type(args[4]) is tuple:
-            x, weight, _, *options = args  # by position, as nn.Conv2d calls it
-            if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-                x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-            return _Conv2d.apply(self, x, weight, *options)
-        if func is torch.cat and not {*kwargs} - {"dim"} and len({t.dtype for t in args[0]}) == 1:
-            return _Cat.apply((*args, kwargs.get("dim", 0))[1], *args[0])
-        return func(*args, **kwargs)
+        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
+        rules = faster and faster(*args, **kwargs or {})
+        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
-    def _batch_norm(self, x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-        if not training or bias is None or x.dim() != 4 or x.numel() == x.shape[1]:
-            return F.batch_norm(x, m, v, weight, bias, training, momentum, eps)
-        return _BatchNorm.apply(self, x, weight, bias, m, v, True, momentum, eps)
 
-    def taking(self):
-        """Whether ∇S is taken, which is to be differentiated, rather than the loss's gradient."""
-        if self.over and torch.is_grad_enabled():
+class _Fast(torch.autograd.Function):
+    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, two of the inputs, more)."""
+
+    @staticmethod
+    def forward(ctx, mode, forward, backward, *inputs):
+        y, *more = forward(*inputs)
+        ctx.save_for_backward(*inputs[:2], *more)
+        ctx.mode, ctx.rule = mode, backward
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        taking = torch.is_grad_enabled()  # ∇S, to be differentiated, not the loss's gradient
+        if taking and ctx.mode.over:
             raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
-        return torch.is_grad_enabled()
+        return None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
 
 
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mode, x, weight, *options):
-        ctx.save_for_backward(x, weight)
-        ctx.mode, ctx.options = mode, options
-        return F.conv2d(x, weight, None, *options)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x, weight), (stride, padding, dilation, groups) = ctx.saved_tensors, ctx.options
-        if ctx.mode.taking():  # as a convolution whose own derivatives are cheap
-            sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *ctx.options[:3], strict=True)
-            rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
-            at_x = F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation)
-            return None, at_x, *[None] * 5
-        options = *ctx.options[:3], False, (0, 0), groups, (*ctx.needs_input_grad[1:3], False)
-        at = torch.ops.aten.convolution_backward(g, x, weight, None, *options)
-        return None, *at[:2], *[None] * 4
+def _cat(tensors, dim=0, **other):
+    if other or len({t.dtype for t in tensors}) > 1:
+        return None
+    sizes = [t.shape[dim] for t in tensors]
+    return lambda *x: [torch.cat(x, dim)], lambda taking, g, *_: g.split(sizes, dim), *tensors
 
 
-class _Cat(torch.autograd.Function):
-    """Concatenation whose double backward is one too, not a sum of tensors filled up with zeros."""
+def _conv2d(x, weight, bias=None, *options, **other):
+    if bias is not None or other or len(options) < 4 or type(options[1]) is not tuple:
+        return None  # not as nn.Conv2d calls it
+    stride, padding, dilation, groups = options
 
-    @staticmethod
-    def forward(ctx, dim, *tensors):
-        ctx.dim, ctx.sizes = dim, [t.shape[dim] for t in tensors]
-        return torch.cat(tensors, dim)
+    def backward(taking, g, x, weight):
+        if not taking:
+            more = None, *options[:3], False, (0, 0), groups, (True, True, False)
+            return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
+        # At x alone, as a convolution whose own derivatives are cheap.
+        sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
+        rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
+        return F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation), None
 
-    @staticmethod
-    def backward(ctx, g):
-        return None, *g.split(ctx.sizes, ctx.dim)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    return lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
+
+
+def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training or bias is None or x.dim() != 4 or x.numel() == x.shape[1]:
+        return None
+    backward = _batch_norm_backward, _BatchNormBackward.apply
+    forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
+    return forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
 
 
 def _batch_norm_backward(g, x, w, mean, r, at_all=True):
@@ -1954,24 +1954,8 @@ def _batch_norm_backward(g, x, w, mean, r, at_all=True):
     return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
 
 
-class _BatchNorm(torch.autograd.Function):
-    """y = w x̂ + b with x̂ = (x - mean(x)) r and r = (var(x) + eps)^(-1/2)."""
-
-    @staticmethod
-    def forward(ctx, mode, x, w, b, *options):
-        y, mean, r = torch.native_batch_norm(x, w, b, *options)
-        ctx.save_for_backward(x, w, mean, r)
-        ctx.mode = mode
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        backward = _BatchNormBackward.apply if ctx.mode.taking() else _batch_norm_backward
-        return None, *backward(g, *ctx.saved_tensors), *[None] * 5
-
-
 class _BatchNormBackward(torch.autograd.Function):
-    """The gradient of batch norm, w r P(g) at x, and the gradient of that.
+    """The gradient w r P(g) of batch norm, y = w x̂ + b with x̂ = (x - mean(x)) r, and that of it.
 
     Let v be what arrives for w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
     q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
@@ -3041,6 +3025,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         args.device = pick_device(args.device)
+        if sys.stderr and sys.stderr.isatty():  # a sign of life: more imports take seconds
+            remark(f"on {args.device}")
         return args.run_command(args) or 0
     except KeyboardInterrupt:
         reason, code = "stopped; what was saved stays", 130
