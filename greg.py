@@ -1891,9 +1891,11 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
-        rules = faster and faster(*args, **kwargs or {})
-        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
+        kwargs, rules = kwargs or {}, None
+        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}
+        if func in faster and {*kwargs} <= {"dim"}:  # called as PyTorch's modules and Concat do
+            rules = faster[func](*args, **kwargs)
+        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs)
 
 
 class _Fast(torch.autograd.Function):
@@ -1914,16 +1916,16 @@ class _Fast(torch.autograd.Function):
         return None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
 
 
-def _cat(tensors, dim=0, **other):
-    if other or len({t.dtype for t in tensors}) > 1:
+def _cat(tensors, dim=0):
+    if len({t.dtype for t in tensors}) > 1:
         return None
     sizes = [t.shape[dim] for t in tensors]
     return lambda *x: [torch.cat(x, dim)], lambda taking, g, *_: g.split(sizes, dim), *tensors
 
 
-def _conv2d(x, weight, bias=None, *options, **other):
-    if bias is not None or other or len(options) < 4 or type(options[1]) is not tuple:
-        return None  # not as nn.Conv2d calls it
+def _conv2d(x, weight, bias=None, *options):
+    if bias is not None or len(options) < 4 or type(options[1]) is not tuple:
+        return None
     stride, padding, dilation, groups = options
 
     def backward(taking, g, x, weight):
