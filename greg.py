@@ -2266,9 +2266,8 @@ def evaluate(
     (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
     fit = Fit(post_hoc(c.id, c.arch, K), std)
 
-    def parts(images, what, most=None):
-        index = torch.arange(len(images.x))[:most].split(CHUNK)
-        for i in bar(index, what):
+    def parts(images, what):
+        for i in bar(torch.arange(len(images.x)).split(CHUNK), what):
             yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
 
     net.eval()
@@ -2283,8 +2282,8 @@ def evaluate(
             rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
         classes, *scores = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
         raw |= {f"{name}/{key}": s for name, s in zip(names, scores, strict=True)}
-        gradients = [input_gradients(net, x) for x in parts(images, f"‖∇S‖ {key}", 1000)]
-        norms[key] = torch.cat(gradients).mean().item()
+        few = parts(images.take(slice(1000)), f"‖∇S‖ {key}")
+        norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
         if key == "id":
             accuracy = (classes == images.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
@@ -2294,7 +2293,9 @@ def evaluate(
     for sets in metrics.values():
         sets["mean"] = {k: statistics.fmean(m[k] for m in sets.values()) for k in keys}
     gamma = {name: threshold(raw[f"{name}/id"]) for name in names}
-    return {"accuracy": accuracy, "gamma": gamma, "gradient_norm": norms, "metrics": metrics}, raw
+    results = {"config": asdict(c), "score": METHODS[c.method].score, "accuracy": accuracy}
+    results |= {"gamma": gamma, "gradient_norm": norms, "metrics": metrics}
+    return results | environment(net.fc.weight.device), raw
 
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
@@ -2329,7 +2330,6 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         score = METHODS[c.method].score
         names = [score] if c.aux else POST_HOC_ROWS
         results, raw = evaluate(run.net, train_set, test_set, ood, run.config, names)
-        results |= {"config": asdict(run.config), "score": score} | environment(device)
         save(run, gamma=results["gamma"][score], score=score)
         save_results(folder, results, raw)
     return results
@@ -2369,36 +2369,14 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged or not greg's ({e}): move it away") from None
 
 
-def load_run(source: Any, device: Any, finished: bool = True) -> tuple[Net, Config, dict[str, Any]]:
-    """A run's network in eval mode, configuration, checkpoint; ValueError for none (`finished`)."""
-    state = stored(source)
-    if not state or (finished and "gamma" not in state):
-        raise ValueError(f"{source} is no finished run of greg.py train, so it has no threshold")
+def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
+    """A finished run's network in eval mode, configuration, checkpoint; ValueError for others."""
+    state = stored(folder)
+    if "gamma" not in state:
+        raise ValueError(f"{folder} is no finished run of greg.py train, so it has no threshold")
     config = saved_config(state["config"])
-    net = network(config.arch, len(state["net"]["fc.bias"]))
-    net.load_state_dict(state["net"])
+    net = load_weights(network(config.arch, len(state["net"]["fc.bias"])), folder, state)
     return net.to(device).eval(), config, state
-
-
-def predict(folder: str | Path, paths: Sequence[Any], device: Any) -> list[dict[str, Any]]:
-    """Class, score, γ, decision (ID iff S <= γ; or the error) of image files and of folders'."""
-    net, config, state = load_run(folder, device)
-    gamma, name, rows, classes = state["gamma"], state["score"], [], state["classes"]
-    if name in NEED_FIT:
-        raise ValueError(f"{folder} is scored by {name}, which needs training images: greg.py eval")
-    fit = Fit(post_hoc(config.id, config.arch, len(classes)), STATS[config.stats][1])
-    listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in map(Path, paths))
-    for path in bar([*itertools.chain(*listed)], "predict"):
-        row = {"image": path, "class": "", "score": "", "gamma": gamma}
-        try:
-            x = normalise(load_image(path, state["size"]).to(device), *STATS[config.stats])
-            z, f = embed(net, x)
-            f = f[:, : len(classes)]
-            row |= {"class": classes[f.argmax()], "score": SCORES[name](net, x, f, z, fit).item()}
-            rows.append(row | {"decision": "ID" if row["score"] <= gamma else "OOD"})
-        except (OSError, ValueError) as e:
-            rows.append(row | {"decision": f"error: {e}"})
-    return rows
 
 
 def certify_report(
@@ -2500,26 +2478,26 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
     """
     text, tables = "", {}
     for r in results:
-        c = asdict(saved_config(r["config"]))
-        c["init"] = re.sub(r"seed\d+", "seed", c["init"])  # each seed's own pre-training
-        own = ("seed", *WHERE, *(("m_in", "m_aux") if c["margins"] else ()))
-        same = json.dumps({k: c[k] for k in c if k not in own})
-        paths = tuple(sorted(one_spelling(v) for v in c["ood"] if "=" in v))
+        c = saved_config(r["config"])
+        free = ("seed", *WHERE, *(("m_in", "m_aux") if c.margins else ()))
+        start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
+        alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
+        paths = tuple(sorted(one_spelling(v) for v in c.ood if "=" in v))
         g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())
         for score, sets in r["metrics"].items():
-            name = c["method"] + ("" if score == r["score"] else f": {score}")
+            name = c.method + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
-            seeds = tables.setdefault((c["id"], paths, *sets), {}).setdefault((name, same), {})
-            seeds[c["seed"]] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
+            seeds = tables.setdefault((c.id, paths, *sets), {}).setdefault((name, alike), {})
+            seeds[c.seed] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
     for (data, _, *sets), rows in tables.items():
         lines = []
         for (name, c), seeds in rows.items():
-            c, others = json.loads(c), [json.loads(o) for n, o in rows if n == name]
-            odd = {k: v for k, v in c.items() if any(o.get(k, v) != v for o in others)}
+            others = [vars(o) for n, o in rows if n == name]
+            odd = {k: v for k, v in vars(c).items() if any(o[k] != v for o in others)}
             label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
             columns = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
             cells = (" / ".join(map(mean_std, figures)) for figures in columns)
-            lines.append([", ".join(label), c["arch"], c["aux"] or "none", len(seeds), *cells])
+            lines.append([", ".join(label), c.arch, c.aux or "none", len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += table([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines)
         text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
@@ -2563,10 +2541,8 @@ _PAPER = """
 6 | Clean ce energy 94.84 94.03 | Energy_loss energy energy 88.15 91.82 | GReg greg energy 89.55 92.14
 | DOS dos absent 78.90 87.06 | GReg+ greg+ energy 83.06 89.89
 """  # noqa: E501
-PAPER: dict[int, list[list[str]]] = {
-    int(text[0]): [row.split() for row in text.split("|")[1:]]
-    for text in re.split(r"\n(?=\d)", _PAPER.strip())
-}
+_TEXTS = (text.split("|") for text in re.split(r"\n(?=\d)", _PAPER.strip()))
+PAPER = {int(number): [row.split() for row in rows] for number, *rows in _TEXTS}
 # Columns of each table: (ID data, network, OOD set or "", metric).
 _NETS, _BOTH = ("resnet18", "wrn40_2", "densenet100"), ("fpr95", "auroc")
 COLUMNS = {
@@ -2614,19 +2590,18 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
-    given, methods = chosen(args), args.methods or [*{row[1]: 0 for row in PAPER[args.number]}]
-    columns, runs = table_columns(args.number, given.get("id", ""), args.archs), {}
-    pairs = dict.fromkeys(c[:2] for c in columns)
+    given, methods = chosen(args), args.methods or [row[1] for row in PAPER[args.number]]
+    pairs = {c[:2]: 0 for c in table_columns(args.number, given.get("id", ""), args.archs)}
     if any(fine_tunes(method, data) for method in methods for data, _ in pairs):
-        methods = ["ce", *(m for m in methods if m != "ce")]
+        methods = ["ce", *methods]
+    runs = {}
     for (data, arch), seed, method in itertools.product(pairs, args.seeds, methods):
-        run = given | {"id": data, "arch": arch, "seed": seed, "method": method, "init": ""}
+        c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
         if fine_tunes(method, data):
-            run["init"] = str(run_folder(args.runs, Config(**run | {"method": "ce"})))
-        if not METHODS[method].gradient:
-            for key in "lambda_grad", "reduction", "grad_every":  # these mean nothing to it
-                run.pop(key, None)
-        runs[run_folder(args.runs, Config(**run))] = Config(**run)
+            c = replace(c, init=str(run_folder(args.runs, replace(c, method="ce"))))
+        if not METHODS[method].gradient:  # these mean nothing to it
+            c = replace(c, lambda_grad=1.0, reduction="paper", grad_every=1)
+        runs[run_folder(args.runs, c)] = c
     return runs
 
 
@@ -2674,8 +2649,6 @@ def figure_3(folders: Sequence[Path], path: Path) -> None:
 
 def figure_scores(folders: Sequence[Path], path: Path) -> None:
     """Histograms of the score on ID and on each OOD set, with the threshold γ, a panel a run."""
-    import numpy as np
-
     figure, axes = grid(len(folders), 6, 3.5)
     for panel, folder in zip(axes, folders, strict=True):
         if not (results := read_results(folder)):
@@ -2683,8 +2656,8 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
         scores = [*results["metrics"]]  # an `eval` may lack the method's own
         score = results["score"] if results["score"] in scores else scores[0]
         arrays = read_arrays(folder / "scores.npz")
-        sets = {k: arrays[f"{score}/{k}"].numpy() for k in results["gradient_norm"]}
-        edges = np.histogram_bin_edges(np.concatenate([*sets.values()]), bins=80)
+        sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
+        edges = torch.histogram(torch.cat([*sets.values()]), 80).bin_edges
         for name, s in sets.items():
             panel.hist(s, edges, density=True, label=name, histtype="step", fill=name == "id")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
@@ -2832,30 +2805,27 @@ def command_train(args: argparse.Namespace) -> None:
 def command_eval(args: argparse.Namespace) -> None:
     """evaluate a run, or a weights file, on OOD sets by any scores"""
     source, given = args.run or args.weights, chosen(args)
-    if not source or (args.run and args.weights):
+    state = stored(source) if source else {}
+    if (args.run and args.weights) or not (state or args.weights):
         raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
-    state = stored(source)
-    if args.run and not state:
-        raise ValueError(f"{source} is no run of greg.py train; a weights file goes with --weights")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
-    for key in {"arch", "stats"} & {*given} if state else ():
+    for key in {"arch", "stats"} & {*given}:
         if given[key] != getattr(c, key):
             raise ValueError(f"--{key} {given[key]}: {source} was trained with {getattr(c, key)}")
-    c, score = replace(c, **given, init=str(source)), state.get("score", "energy")
-    names = [*dict.fromkeys(name.strip() for name in (args.scores or score).split(","))]
+    c, scores = replace(c, **given, init=str(source)), args.scores or METHODS[c.method].score
+    names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     if unknown := [name for name in names if name not in SCORES]:
         raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
+    if "absent" in names and not METHODS[c.method].extra_class:
+        raise ValueError("absent: this network has no class K + 1 to score")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, source)
-        net = network(c.arch, K := len(test_set.classes))
-        net = load_run(source, args.device, False)[0] if state else load_weights(net, source)
-        if "absent" in names and net.fc.out_features == K:
-            raise ValueError("absent: this network has no class K + 1 to score")
-        results, raw = evaluate(net.to(args.device), train_set, test_set, ood, c, names)
-        results |= {"config": asdict(c), "score": score} | environment(args.device)
+        net = network(c.arch, len(test_set.classes) + METHODS[c.method].extra_class)
+        net = load_weights(net, source, state).to(args.device)
+        results, raw = evaluate(net, train_set, test_set, ood, c, names)
         say(results_table([results]))
         if args.out:
             save_results(args.out, results, raw)
@@ -2863,10 +2833,24 @@ def command_eval(args: argparse.Namespace) -> None:
 
 def command_predict(args: argparse.Namespace) -> int:
     """class, score and ID/OOD decision of images; exit code 2 if one could not be read"""
-    rows = predict(args.run, args.images, args.device)
-    lines = [[f"{v:.3f}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    say(shown([*rows[0]], lines))
-    return 2 * any(row["decision"].startswith("error") for row in rows)
+    net, c, state = load_run(args.run, args.device)
+    gamma, name, classes = state["gamma"], state["score"], state["classes"]
+    if name in NEED_FIT:
+        raise ValueError(f"{args.run} is scored by {name}, of training images: greg.py eval")
+    fit, lines, code = Fit(post_hoc(c.id, c.arch, len(classes)), STATS[c.stats][1]), [], 0
+    listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in args.images)
+    for path in bar([*itertools.chain(*listed)], "predict"):
+        try:
+            x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
+            z, f = embed(net, x)
+            f = f[:, : len(classes)]
+            s = SCORES[name](net, x, f, z, fit).item()
+            row = classes[f.argmax()], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
+        except (OSError, ValueError) as e:
+            row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
+        lines.append([path, *row])
+    say(shown(["image", "class", "score", "gamma", "decision"], lines))
+    return code
 
 
 def command_table(args: argparse.Namespace) -> None:
@@ -2876,7 +2860,7 @@ def command_table(args: argparse.Namespace) -> None:
         if not results:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
-    runs = table_runs(args)
+    runs, results = table_runs(args), []
     for c in runs.values():
         if not c.init:  # what depends on no other run is checked before any of them begins
             resolve(c)
@@ -2888,14 +2872,11 @@ def command_table(args: argparse.Namespace) -> None:
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
-        elif not args.read:
+        elif not args.read or read_results(folder):  # a finished run is compared with c alone
             remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
-            train(c, folder, args.device)
-        elif done := read_results(folder):
-            check_same(resolve(c), done["config"], folder)
+            results.append(train(c, folder, args.device))
     if args.dry_run:
         return
-    results = [r for r in map(read_results, runs) if r]
     ours = args.number, results, chosen(args).get("id", ""), args.archs
     say(paper_table(*ours, shown))
     if not args.read:
