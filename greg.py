@@ -1052,9 +1052,13 @@ class Images(NamedTuple):
         return self._replace(x=self.x[index], y=None if self.y is None else self.y[index])
 
     def pixels(self, index: slice | Tensor) -> Tensor:
-        """Some of the images, uint8 [n,H,W,3]; files are decoded."""
+        """Some of the images, uint8 [n,H,W,3]; files by `load_image`, in threads."""
         x = self.x[index]
-        return decode(x.files, x.shape[1]) if isinstance(x, Files) else x
+        if not isinstance(x, Files):
+            return x
+        with ThreadPoolExecutor() as pool:
+            images = pool.map(lambda f: load_image(os.fsdecode(f), x.shape[1]), x.files)
+            return torch.cat(list(bar(images, "decode", total=len(x))))
 
 
 STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and std of each channel
@@ -1092,17 +1096,14 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
     progress = tqdm(items, what, **options)
 
-    def tick(of):  # the clock goes on in a long step too
-        time.sleep(0.5)
-        while (it := of()) and not it.disable:
-            with it.get_lock():
-                if not it.disable:  # closed meanwhile
-                    it.refresh(nolock=True)
-            del it
+    def tick(bars, shown=True):  # the clock goes on in a long step too, until the bar is closed
+        while shown:
             time.sleep(0.5)
+            with tqdm.get_lock():
+                shown = any(it.refresh(nolock=True) for it in bars)
 
     if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
-        threading.Thread(target=tick, args=(weakref.ref(progress),), daemon=True).start()
+        threading.Thread(target=tick, args=(weakref.WeakSet([progress]),), daemon=True).start()
     return progress
 
 
@@ -1232,24 +1233,16 @@ def load_image(path: str | Path, size: int = 32) -> Tensor:
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
-def decode(files: Sequence[str | bytes], size: int) -> Tensor:
-    """Image files in memory, by threads: uint8 [N,size,size,3]. Raises as `open_image`."""
-    with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda f: load_image(os.fsdecode(f), size), files)
-        return torch.cat(list(bar(images, "decode", total=len(files))))
-
-
 def image_files(folder: str | Path) -> list[str]:
     """All images below a folder, in a fixed random order: the first N stand for them all."""
     from PIL import Image
 
-    kinds, seen, paths = Image.registered_extensions(), {os.path.realpath(folder)}, []
+    kinds, seen, paths = Image.registered_extensions(), set(), []
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        kept = [f for f in sorted(folders) if f[0] not in ".@" and f != "__MACOSX"]
-        real = {os.path.realpath(Path(at, f)): f for f in kept}
-        folders[:] = [f for target, f in real.items() if target not in seen]
-        seen.update(real)  # links can go in circles
-        paths += [str(Path(at, n)) for n in names if n[0] != "."]
+        new = os.path.realpath(at) not in seen  # links can go in circles
+        seen.add(os.path.realpath(at))
+        folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
+        paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in Image.OPEN)
     if other := sorted({*paths} - {*files}):
         remark(f"{folder}: left out {len(other)} that are no images: {other[0]} …")
@@ -1260,7 +1253,7 @@ def image_files(folder: str | Path) -> list[str]:
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of numbers of an .npz, or of an .npy as "x" (mapped); ValueError for none."""
+    """The arrays of numbers of an .npz, or of an .npy as "x" (mapped); ValueError if it is none."""
     import numpy as np
 
     if not os.access(path, os.R_OK):
@@ -1274,8 +1267,6 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
                 arrays[name] = torch.from_numpy(loaded[name])
     except Exception:  # zip, zlib and NumPy each raise their own
         raise ValueError(f"{path} is damaged, or no .npy or .npz of numbers") from None
-    if not arrays:
-        raise ValueError(f"{path} has no array of numbers; give uint8 [N,H,W,3]")
     return arrays
 
 
@@ -1297,7 +1288,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set; x[i, seed] a random
-    crop and flip [1,s,s,3], or the error met: a worker's would reach the user as a stack trace."""
+    crop and flip [1,s,s,3], x[[(i, seed), ...]] a batch; or an error (raised: a trace)."""
 
     dtype = torch.uint8
 
@@ -1313,6 +1304,9 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index: Any) -> Any:
         from torchvision import transforms as T
 
+        if isinstance(index, list):
+            crops = [self[pair] for pair in index]
+            return next((c for c in crops if isinstance(c, Exception)), None) or torch.cat(crops)
         if not isinstance(index, tuple):
             return Files(self.files[index], self.shape[1])
         crop = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
@@ -1337,7 +1331,8 @@ def class_images(folder: Path, names: Sequence[str], size: int, lazy: bool = Fal
     """The labelled images of the named class folders below a folder, decoded or (lazy) as files."""
     found = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
     files, y = zip(*found, strict=True)
-    return Images((Files if lazy else decode)(files, size), torch.tensor(y), tuple(names))
+    images = Images(Files(files, size), torch.tensor(y), tuple(names))
+    return images if lazy else images._replace(x=images.pixels(slice(None)))
 
 
 # ---- Published sets: name, address, md5, what it becomes below the root, number of images.
@@ -1393,14 +1388,12 @@ def published(name: str, root: str | Path, download: bool) -> Any:
 
 
 def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
-    """The files root/train|val/WNID/*.JPEG of ImageNet's ID classes, or "aux": train, of the rest.
-    ID classes: the authors' ten (""), or names with commas."""
+    """ImageNet's "train" (files) or "val" of classes "A,B" or the authors' ten; "aux": the rest."""
     known, ten = class_folders(root / "train"), "n02396427,n04141975,n02834397,n02111277,n03534580"
     names = (classes or ten + ",n01877812,n02837789,n01443537,n02114367,n03857828").split(",")
     odd = sorted({*names} - {*known})[:3]
     if odd or not 2 <= len({*names}) == len(names) < len(known):
-        lacks = f", which lacks {odd}" if odd else ""
-        raise ValueError(f"imagenet:NAMES are two to all but one of {root}/train{lacks}")
+        raise ValueError(f"imagenet:NAMES are two to all but one of {root}/train; unknown: {odd}")
     if part == "aux":
         part, names = "train", [n for n in known if n not in names]
     return class_images(root / part, names, size, part == "train")
@@ -1426,8 +1419,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     else:
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
         if missing := [k for k in keys if k not in arrays]:
-            has = f"{path} has numbers in {', '.join(arrays)}"
-            raise ValueError(f"{has}; ID data also need them in {', '.join(missing)}")
+            raise ValueError(f"{path} has {[*arrays]} and needs numbers in {', '.join(missing)}")
         x, y, x_test, y_test = (arrays[k] for k in keys)
         names = tuple(str(c) for c in range(len(y.unique())))
         sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, 0, 0)[2]
@@ -1442,7 +1434,7 @@ def path_stem(name: str) -> str:
 def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
     """Images of a built-in or published set, or of a path: a folder, an .npy, or an .npz, of it
     its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
-    if not path and name in _OOD:
+    if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
     if isinstance(where, list):  # SVHN
@@ -1451,8 +1443,8 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         files = image_files(where)
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
-        edge = 2 if name == "lsun_c" and not path else 0  # LSUN-C's 36×36 are cropped
-        x = decode(files if path else files[:10000], size + 2 * edge)  # Places365: as in paper
+        edge = 2 if name == "lsun_c" and not path else 0  # its 36×36 are cropped; Places365 is cut
+        x = Images(Files(files, size + 2 * edge)).pixels(slice(None if path else 10_000))
         return Images(x[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
@@ -1471,9 +1463,8 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     kind, _, classes = name.partition(":")
     if kind == "imagenet":
         return Images(load_imagenet("aux", Path(root, kind), classes, size).x)
-    if name == "synthetic":
-        return synthetic("aux")
-    images = unlabelled(name, "" if name == "random300k" else name, root, download, size, "train")
+    known = {"synthetic": "aux", "random300k": "random300k"}.get(name)
+    images = unlabelled(known or name, "" if known else name, root, download, size, "train")
     return check_set(images, size, f"--aux {name}")
 
 
@@ -1486,8 +1477,7 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
         if name in sets or path and (name in ("", "id", "mean") or "/" in name):
             raise ValueError(f"--ood {item}: the name {name!r} is taken")
         if not path and name not in known:
-            known = ", ".join(known)
-            raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic or one of {known}")
+            raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
         images = unlabelled(name, path, root, download, size, "test")
         sets[name] = check_set(images, size, f"--ood {item}")
     return sets
@@ -1516,23 +1506,21 @@ class Method(NamedTuple):
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None  # before the forward pass
+    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # images, more for loss
     margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
 
 
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """NTOM's outliers of the epoch, mined from 400,000 auxiliary images, a quarter at most."""
-    order = order[:400_000]
+    """NTOM's outliers of the epoch, a quarter of the auxiliary images at most."""
     p_absent = absent(embed_images(run, run.aux_set, order)[1])
     return order[quantile_mining(p_absent, min(n, len(order) // 4))]
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """POEM's outliers of the epoch: of 400,000 the n nearest to a boundary drawn at random."""
+    """POEM's outliers of the epoch: the n nearest to a boundary drawn at random."""
     # It is regressed on the ID images (target -3), once for each epoch remembered, and on the
     # outliers of the last four epochs (target 3), by the features of now.
-    order, buffer = order[:400_000], run.memory.get("buffer", order[:0])
-    n, d = min(n, len(order)), run.net.fc.in_features
+    buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     parts = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
     for images, i, times, target in parts if len(buffer) else ():
@@ -1548,8 +1536,7 @@ def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 
 def mix(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tensor, dict]:
-    """OpenMix's images lam x_in + (1 - lam) x_aux, with lam ~ Beta(10, 10) once a step."""
-    # The tenth smallest of 19 uniform numbers is distributed so.
+    """OpenMix: lam x_in + (1 - lam) x_aux; lam ~ Beta(10, 10) as tenth smallest of 19 uniform."""
     lam = torch.rand(19, generator=generator, device=x_in.device).sort().values[9]
     return lam * x_in + (1 - lam) * x_aux, {"lam": lam}
 
@@ -1596,8 +1583,7 @@ RECIPES = {
     "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
     "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
 }
-# Options that may differ when a run goes on.
-WHERE = ("ood", "root", "download", "workers", "candidate_chunk")
+WHERE = ("ood", "root", "download", "workers", "candidate_chunk")  # may differ when a run goes on
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -1665,15 +1651,14 @@ def resolve(c: Config) -> Config:
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
     builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    saved = {} if init in ("", "torchvision") else stored(init)
-    theirs = saved.get("config", {}).get("stats")
+    theirs = None if init in ("", "torchvision") else stored(init).get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
     learning_rate(c, 0)
     positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
-    no_scores = c.margins and method.loss is energy_loss and not init
+    no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     twice = kind == "imagenet" and c.aux.startswith("imagenet") and c.aux != c.id
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number"),
@@ -1681,10 +1666,9 @@ def resolve(c: Config) -> Config:
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < least, f"--candidates must be at least {least}"),
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
-        (no_scores, "--margins auto is of a pre-trained network: name it with --init"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
-        (tunes and not init, f"{c.method} fine-tunes a pre-trained network: name it with --init"),
+        (no_start, f"{c.method} or --margins auto needs a pre-trained network: give it by --init"),
     ):
         if wrong:
             raise ValueError(text)
@@ -1749,8 +1733,7 @@ def saved_config(saved: dict[str, Any]) -> Config:
 def one_spelling(spec: Any) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
     name, equals, path = str(spec).rpartition("=")
-    path = os.path.realpath(os.path.expanduser(path))
-    return name + equals + re.sub(r"/checkpoint\.pt$", "", path)
+    return name + equals + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
 
 
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
@@ -1765,9 +1748,8 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], where: Any) -> 
     """ValueError if what was stored with weights was learnt on other classes than these."""
     old, new = list(saved.get("classes", classes)), list(classes)
     if old != new:
-        sides = [k for k in old if k not in new][:5], [k for k in new if k not in old][:5]
-        differ = "not there now {}, new {}".format(*sides) if any(sides) else "another order"
-        raise ValueError(f"{where} was trained on other classes: {differ}")
+        gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
+        raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -1821,18 +1803,17 @@ def network(arch: str, K: int, seed: int = 0) -> Net:
 
 def build(c: Config, classes: Sequence[str]) -> Net:
     """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
-    K, path = len(classes), Path(c.init).expanduser()
+    K = len(classes)
     net = network(c.arch, K + METHODS[c.method].extra_class, c.seed)
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(network(c.arch, 1000), weights).features
     elif c.init:
-        saved = stored(path)
+        saved = stored(c.init)
         check_classes(saved, classes, c.init)
         if saved and "gamma" not in saved:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
-        file = path / "checkpoint.pt" if path.is_dir() else path
-        start = load_weights(network(c.arch, K), file, saved)
+        start = load_weights(network(c.arch, K), Path(c.init).expanduser(), saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
     return net
@@ -1868,9 +1849,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
             mean = all_reduce(wide.mean(**over)) / world()[1]
             var = all_reduce((wide - mean).square().mean(**over)) / world()[1]
-            with torch.no_grad():
-                self.running_mean.lerp_(mean.flatten(), self.momentum)
-                self.running_var.lerp_(var.flatten() * (n / (n - 1)), self.momentum)
+            self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+            self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
             factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
             return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
 
@@ -2078,11 +2058,6 @@ def to_input(run: Run, x: Tensor, generator: Rng = None) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
 
 
-def _together(rows):
-    """A batch of crops, or what an image failed by: a worker's own error would be a stack trace."""
-    return next((row for row in rows if isinstance(row, Exception)), None) or torch.cat(rows)
-
-
 def _leave_signals(worker):
     for number in SIGNALS:  # often sent to the whole group: the parent saves
         signal.signal(number, signal.SIG_IGN)
@@ -2096,19 +2071,17 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
-    parts = [step * ranks + rank for step in range(run.step, run.steps)]
+    m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
 
-    def cut(order, n):  # n images in so many parts, those of this process
-        ends = [n * i // (run.steps * ranks) for i in range(run.steps * ranks + 1)]
-        return (order[torch.arange(ends[i], ends[i + 1]) % len(order)] for i in parts)
+    def cut(order, n):  # n images in m parts, those of this process
+        return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
         if isinstance(images.x, Files):
             keys = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
-            more = {"collate_fn": _together, "worker_init_fn": _leave_signals}
-            load = torch.utils.data.DataLoader
-            stream = load(images.x, batch_sampler=keys, num_workers=c.workers, **more)
+            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
+            stream = torch.utils.data.DataLoader(images.x, None, sampler=keys, **more)
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
@@ -2120,9 +2093,9 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     streams = [(ids.y[at].to(run.device) for at in cut(order, n)), crops("in", ids, order, n)]
     if aux:
         n_aux, order = n * sampler.per_id, torch.randperm(len(aux.x), generator=g)
-        if sampler.pool:  # it depends on the network at the epoch's start
-            order = run.memory["pool"] if run.step else sampler.pool(run, order, n_aux, g)
-            run.memory["pool"] = order
+        if sampler.pool and not run.step:  # it depends on the network at the epoch's start
+            run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)
+        order = run.memory.get("pool", order)
         if sampler.pick:
             n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)
         streams.append(crops("aux", aux, order, n_aux))
@@ -2145,14 +2118,12 @@ def train_epoch(run: Run) -> None:
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress, looked = bar(None, what, total=run.steps, initial=run.step), began
-    for x_in, y_in, candidates in batches(run):
+    for x_in, y_in, x_aux in batches(run):
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
-        x_aux, context = candidates, {}
         if method.sampler.pick:  # Algorithm 1
-            z, f = embed(run.net, candidates, c.amp, c.candidate_chunk)
-            x_aux = candidates[method.sampler.pick(z, f, len(x_in), g)]
-        if method.prepare:
-            x_aux, context = method.prepare(run, x_in, x_aux, g)
+            z, f = embed(run.net, x_aux, c.amp, c.candidate_chunk)
+            x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
+        x_aux, context = method.prepare(run, x_in, x_aux, g)
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # The penalty every n-th step with n-fold weight has the same gradient on average, from
         # n times fewer, n times larger terms ("lazy regularisation", Karras et al. 2020).
@@ -2171,9 +2142,8 @@ def train_epoch(run: Run) -> None:
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
         terms = *out[:3], out.gradient * c.grad_every, *shares
         run.sums += average(torch.stack([v.detach().float() for v in terms]))
-        for b in run.net.buffers():  # running statistics, so that all processes score alike
-            if b.is_floating_point():
-                average(b)
+        for statistic in filter(torch.is_floating_point, run.net.buffers()):
+            average(statistic)  # so that all processes score alike
         run.step += 1
         if ranks > 1 or run.stopped_by or time.time() > looked + 1:
             look(run, progress)
@@ -2225,9 +2195,8 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        parts = bar(x.split(CHUNK), f"probe {kind}")
-        both = [(embed(run.net, part)[1], input_gradients(run.net, part)) for part in parts]
-        logits, gradients = map(torch.cat, zip(*both, strict=True))
+        logits, parts = embed(run.net, x, chunk=CHUNK)[1], bar(x.split(CHUNK), f"probe {kind}")
+        gradients = torch.cat([input_gradients(run.net, part) for part in parts])
         s[kind] = energy_score(logits)
         row[f"probe_s_{kind}"] = s[kind].mean().item()
         row[f"probe_gradient_{kind}"] = gradients.mean().item()

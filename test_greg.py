@@ -1128,7 +1128,7 @@ def test_sets_of_ones_own_are_given_as_name_and_path_and_arrays_mapped(tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     sets = greg.load_ood(["svhn=~/x.npy", f"lsun_c={tmp_path}/tree"])
     assert [len(s.x) for s in sets.values()] == [2, 8] and list(sets) == ["svhn", "lsun_c"]
-    want = greg.decode(greg.image_files(tmp_path / "tree"), 32)  # resized as any other
+    want = greg.Images(greg.Files(greg.image_files(tmp_path / "tree"), 32)).pixels(slice(None))
     assert torch.equal(sets["lsun_c"].x, want) and torch.equal(greg.load_aux("~/tree").x, want)
     for spec in "=~/x.npy", "id=~/x.npy", "mean=~/x.npy", "a/b=~/x.npy", "b=~/x.npy":
         load, name = functools.partial(greg.load_ood, ["b=~/x.npy", spec]), spec.partition("=")[0]
@@ -1160,7 +1160,7 @@ def test_cifar_and_svhn_are_torchvisions_and_places365_is_cut(tmp_path, monkeypa
     refuses(lambda: greg.load_ood(["svhn"], root, True), "svhn", error=FileNotFoundError)
     assert calls[-1] == "wait"
     monkeypatch.setattr(greg, "image_files", lambda folder: ["x.png"] * 36500)
-    monkeypatch.setattr(greg, "decode", lambda f, *_: torch.zeros(len(f), 32, 32, 3).byte())
+    monkeypatch.setattr(greg, "load_image", lambda f, size: torch.zeros(1, 32, 32, 3).byte())
     (tmp_path / "val_256").mkdir()
     assert len(greg.load_ood(["places365"], root)["places365"].x) == 10000
 
