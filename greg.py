@@ -2841,9 +2841,10 @@ def command_table(args: argparse.Namespace) -> None:
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
-        elif not args.read or read_results(folder):  # a finished run is compared with c alone
-            remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
-            results.append(train(c, folder, args.device))
+        elif not args.read or read_results(folder):
+            if not args.read:
+                remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
+            results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if args.dry_run:
         return
     ours = args.number, results, chosen(args).get("id", ""), args.archs
