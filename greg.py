@@ -189,7 +189,8 @@ ARCHS["wrn10_1"] = lambda K: wrn(10, 1, K)  # small enough for a CPU; not in the
 
 def read_tensors(path: str | Path) -> Any:
     """What torch.save wrote to a file, read without running code, or one sentence on what it is."""
-    content = Path(path).read_bytes()
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    content = path.read_bytes()
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:
@@ -1100,7 +1101,8 @@ def bar(items: Any, what: str, **options: Any) -> Any:
         while shown:
             time.sleep(0.5)
             with tqdm.get_lock():
-                shown = any(it.refresh(nolock=True) for it in bars)
+                # Without its delay close() erases what is drawn here; update() gives None.
+                shown = any(vars(it).update(delay=0) or it.refresh(nolock=True) for it in bars)
 
     if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
         threading.Thread(target=tick, args=(weakref.WeakSet([progress]),), daemon=True).start()
@@ -1449,7 +1451,8 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
-    holds = ", ".join(f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
+    has = (f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
+    holds = ", ".join(has) or "no numbers"
     if len(named) != 1:
         raise ValueError(f"{where} holds {holds}: need one uint8 [N,H,W,3], or one named {split}")
     if len(arrays) > 1:
@@ -1637,8 +1640,9 @@ def fine_tunes(method: str, id_data: str) -> bool:
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
 
 
-def resolve(c: Config) -> Config:
-    """`c` with what its method's recipe gives filled in; ValueError for what cannot be."""
+def resolve(c: Config, theirs: str | None = None) -> Config:
+    """`c` with what its method's recipe gives filled in; ValueError for what cannot be. `theirs`:
+    the normalisation that a run already has, which else is its start's."""
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1651,7 +1655,8 @@ def resolve(c: Config) -> Config:
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
     builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    theirs = None if init in ("", "torchvision") else stored(init).get("config", {}).get("stats")
+    if not theirs and init not in ("", "torchvision"):
+        theirs = stored(init).get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
     learning_rate(c, 0)
@@ -1668,7 +1673,7 @@ def resolve(c: Config) -> Config:
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
-        (no_start, f"{c.method} or --margins auto needs a pre-trained network: give it by --init"),
+        (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
     ):
         if wrong:
             raise ValueError(text)
@@ -1698,13 +1703,17 @@ def rng(device: torch.device | str, *key: object) -> torch.Generator:
 
 
 # ---- What a run leaves in its folder.
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write a file, by the first process alone, that is never half-written."""
+def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
+    """Write a file, by the first process alone, never half; the old one may stay, as `keep`."""
     if world()[0] > 0:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        if keep and path.exists():
+            with contextlib.suppress(OSError):  # where there are no links, none stays
+                os.link(path, old := temporary.with_suffix(".old"))
+                os.replace(old, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); the old is intact") from e
@@ -1722,10 +1731,10 @@ def stored(path: str | Path) -> dict[str, Any]:
     return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
 
-def saved_config(saved: dict[str, Any]) -> Config:
-    """The configuration of a run, which may be older than some of the options."""
+def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
+    """The configuration of a run, to `run` or to show; it may be older than some of the options."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    if known.get("arch") not in ARCHS or known.get("method") not in METHODS:
+    if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
         raise ValueError(f"ARCHS or METHODS lack {known.get('arch')} or {known.get('method')}")
     return Config(**known)
 
@@ -1836,19 +1845,23 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
     return torch.cat(z), torch.cat(f)
 
 
+def shared(t: Tensor) -> Tensor:
+    """The mean of t over all processes, with all its derivatives, which are such means too."""
+    mean, at_t = lambda t: [average(t.clone())], lambda taking, g: [shared(g)]
+    return _Fast.apply(FastDoubleBackward, 0, mean, at_t, t)
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, of equal size, twice differentiable."""
 
     def forward(self, x: Tensor) -> Tensor:
-        from torch.distributed.nn.functional import all_reduce  # which has derivatives
-
         if not self.training:
             return super().forward(x)
         n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean = all_reduce(wide.mean(**over)) / world()[1]
-            var = all_reduce((wide - mean).square().mean(**over)) / world()[1]
+            mean = shared(wide.mean(**over))
+            var = shared((wide - mean).square().mean(**over))
             self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
             self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
             factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
@@ -1871,20 +1884,18 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, rules = kwargs or {}, None
-        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}
-        if func in faster and {*kwargs} <= {"dim"}:  # called as PyTorch's modules and Concat do
-            rules = faster[func](*args, **kwargs)
-        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs)
+        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
+        rules = faster and faster(*args, **kwargs or {})
+        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
 class _Fast(torch.autograd.Function):
-    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, two of the inputs, more)."""
+    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, inputs[:kept], more)."""
 
     @staticmethod
-    def forward(ctx, mode, forward, backward, *inputs):
+    def forward(ctx, mode, kept, forward, backward, *inputs):
         y, *more = forward(*inputs)
-        ctx.save_for_backward(*inputs[:2], *more)
+        ctx.save_for_backward(*inputs[:kept], *more)
         ctx.mode, ctx.rule = mode, backward
         return y
 
@@ -1893,24 +1904,25 @@ class _Fast(torch.autograd.Function):
         taking = torch.is_grad_enabled()  # ∇S, to be differentiated, not the loss's gradient
         if taking and ctx.mode.over:
             raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
-        return None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
+        return None, None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
 
 
-def _cat(tensors, dim=0):
-    if len({t.dtype for t in tensors}) > 1:
+def _cat(tensors, dim=0, **other):
+    if other or len({t.dtype for t in tensors}) > 1:
         return None
     sizes = [t.shape[dim] for t in tensors]
-    return lambda *x: [torch.cat(x, dim)], lambda taking, g, *_: g.split(sizes, dim), *tensors
+    return 0, lambda *x: [torch.cat(x, dim)], lambda taking, g: g.split(sizes, dim), *tensors
 
 
-def _conv2d(x, weight, bias=None, *options):
-    if bias is not None or len(options) < 4 or type(options[1]) is not tuple:
+def _conv2d(x, weight, bias=None, *options, **other):
+    if bias is not None or other or len(options) < 4 or type(options[1]) is not tuple:
         return None
     stride, padding, dilation, groups = options
 
     def backward(taking, g, x, weight):
         if not taking:
-            more = None, *options[:3], False, (0, 0), groups, (True, True, False)
+            wanted = x.requires_grad, weight.requires_grad, False
+            more = None, *options[:3], False, (0, 0), groups, wanted
             return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
         # At x alone, as a convolution whose own derivatives are cheap.
         sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
@@ -1919,7 +1931,7 @@ def _conv2d(x, weight, bias=None, *options):
 
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-    return lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
+    return 2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
 
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
@@ -1927,7 +1939,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, e
         return None
     backward = _batch_norm_backward, _BatchNormBackward.apply
     forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
-    return forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
+    return 2, forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
 
 
 def _batch_norm_backward(g, x, w, mean, r, at_all=True):
@@ -2001,7 +2013,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{n}: no step of {c.batch} and {need} is to be had; another --batch")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    net = build(c, ids.classes).to(device)
+    begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
+    net = build(replace(c, init="") if begun else c, ids.classes).to(device)
     for m in net.modules():
         if c.sync_bn and ranks > 1 and type(m) is nn.BatchNorm2d:
             m.__class__ = SyncBatchNorm2d
@@ -2009,7 +2022,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
-    if any(folder.glob("checkpoint*.pt")):  # older editions kept a second one
+    if begun:
         if not (state := stored(folder)):
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
@@ -2044,7 +2057,7 @@ def save(run: Run, **more: Any) -> None:
     content = io.BytesIO()  # torch.save to a full disk would raise no OSError
     weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     torch.save(state | weights, content)
-    write_atomically(run.folder / "checkpoint.pt", content.getbuffer())
+    write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
 
@@ -2279,14 +2292,17 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
-    c, folder, device = resolve(config), Path(folder).expanduser(), torch.device(device)
-    if done := read_results(folder):
+    folder, device = Path(folder).expanduser(), torch.device(device)
+    done, file = read_results(folder), folder / "checkpoint.pt"
+    begun = done or (stored(file) if file.exists() else {})
+    c = resolve(config, begun.get("config", {}).get("stats"))
+    if done:
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
         known |= {"synthetic"} if {*_OOD} <= known else set()
         if not {*map(one_spelling, c.ood)} <= {*map(one_spelling, known)}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
-        return done
+        return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     train_set, test_set, ood = load_sets(c)
     aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
     if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
@@ -2447,7 +2463,7 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
     """
     text, tables = "", {}
     for r in results:
-        c = saved_config(r["config"])
+        c = saved_config(r["config"], run=False)
         free = ("seed", *WHERE, *(("m_in", "m_aux") if c.margins else ()))
         start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
@@ -2776,7 +2792,8 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     state = stored(source) if source else {}
     if (args.run and args.weights) or not (state or args.weights):
-        raise ValueError("name a run, before the options, or --weights FILE, --arch and --id")
+        need = "name a run, before the options, or --weights FILE, --arch and --id"
+        raise ValueError(f"{need}, not {source}" if source else need)
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
@@ -2785,10 +2802,11 @@ def command_eval(args: argparse.Namespace) -> None:
             raise ValueError(f"--{key} {given[key]}: {source} was trained with {getattr(c, key)}")
     c, scores = replace(c, **given, init=str(source)), args.scores or METHODS[c.method].score
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
-    if unknown := [name for name in names if name not in SCORES]:
-        raise ValueError(f"unknown score {unknown[0]!r}; one of {', '.join(SCORES)}")
-    if "absent" in names and not METHODS[c.method].extra_class:
-        raise ValueError("absent: this network has no class K + 1 to score")
+    known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no score {unknown[0]!r} of this network; one of {', '.join(known)}")
+    if state and "gamma" not in state:
+        remark(f"warning: {source} is not finished: its weights so far are used")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, source)
@@ -2964,7 +2982,9 @@ def pick_device(name: str) -> torch.device:
         if local and not torch.distributed.is_initialized():
             if device.type == "cuda":
                 torch.cuda.set_device(device)
-            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
+            kind = "nccl" if device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(kind, timeout=slow)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"no device {name!r}, or torchrun's processes do not meet: {e}") from None
     return device

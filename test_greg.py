@@ -1219,12 +1219,12 @@ def test_the_fast_double_backward_is_autograds_own(conv, norm, last, training):
         nn.init.normal_(p, std=0.5)
     form = torch.channels_last if last else torch.contiguous_format
     net, x, both = net.to(memory_format=form).train(training), x.to(memory_format=form), []
-    for mode in greg.FastDoubleBackward(), contextlib.nullcontext():
-        twin = copy.deepcopy(net)
-        with mode:
-            assert torch.cat([x, x], axis=1).shape[1] == 4  # another name of its dim
+    for twin, fast in (copy.deepcopy(net), True), (net, False):
+        with greg.FastDoubleBackward() if fast else contextlib.nullcontext():
+            y = nn.BatchNorm2d(4).double()(torch.cat([x, x], axis=1))  # another name of its dim
+            assert ("Fast" in str(y.grad_fn)) == fast
             out = greg.greg_loss(twin, x[:2], torch.tensor([0, 3]), x[2:], 9.0, 9.5)
-        if isinstance(mode, greg.FastDoubleBackward):
+        if fast:
             third = functools.partial(torch.autograd.grad, out.loss, [*twin.parameters()])
             refuses(lambda: third(create_graph=True), "leave it out", error=RuntimeError)  # noqa: B023
         out.loss.backward()
@@ -1522,14 +1522,13 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     assert greg.saved_config(old | {"grad_share": 1.0}) == greg.saved_config(config)
     with greg.alone(folder):
         refuses(greg.alone(folder).__enter__, "another process works", str(folder))
-    run.epoch = 2
-    greg.save(run)
+    greg.save(greg.replace(run, epoch=2))
     before = {*folder.iterdir()}
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda path, content: path.touch() or os.stat("no room"))
         refuses(lambda: greg.save(run), "could not be written", "no room", error=OSError)
-    assert {*folder.iterdir()} == before and again().epoch == 2
-    path = folder / "checkpoint.pt"
+    path, prev = folder / "checkpoint.pt", greg.stored(folder / "checkpoint.prev.pt")
+    assert {*folder.iterdir()} == before and again().epoch == 2 and prev["epoch"] == 0
     for content in path.read_bytes()[:-1], path.read_bytes()[:5000], b"":
         path.write_bytes(content)
         refuses(again, str(path))
@@ -1735,15 +1734,17 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     assert {*done["metrics"]} == {*greg.POST_HOC_ROWS} and done["score"] == "energy"
     for same in c, greg.replace(c, ood=[c.ood[0].replace("=/", "=/../")]):
         assert greg.train(same, lab / "ce", CPU) == done
-    specs = "svhn", "rays=another.npy", "synthetic"
-    others = [("other OOD sets", {"ood": (spec,)}) for spec in specs]
+    others = [("other OOD sets", {"ood": (spec,)}) for spec in ("svhn", "rays=x.npy", "synthetic")]
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
     assert {*greg.environment(CPU)} <= {*json.loads(text)} and greg.read_results(tmp_path) is None
-    odd = text.replace("fpr95", "fpr"), text.replace('"wrn10_1"', '"mine"')
-    for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], *odd:
+    for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
         (tmp_path / "results.json").write_text(bad)
         refuses(lambda: greg.read_results(tmp_path), str(tmp_path / "results.json"))
+    (tmp_path / "results.json").write_text(text.replace('"wrn10_1"', '"mine"'))
+    own, tuned = greg.read_results(tmp_path), greg.read_results(lab / "greg")
+    monkeypatch.setattr(greg, "stored", Mock(side_effect=FileNotFoundError))  # its start is gone
+    assert greg.train(greg.saved_config(tuned["config"]), lab / "greg") == tuned != own
     assert table_rows((lab / "ce" / "results.md").read_text())[0][0][0] == "method"
     c, done = of("ce", id="synthetic"), {"config": vars(of("ce", id="synthetic"))}
     monkeypatch.setattr(greg, "read_results", lambda folder: done | {"gradient_norm": greg._OOD})
@@ -2031,8 +2032,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         eval TMP/renamed --out none | zero
         eval ce --stats dice | --stats dice
         eval ce --arch resnet18 | --arch resnet18
-        eval ce --scores absent | K + 1
-        eval ce --scores energy,best | 'best'
+        eval ce --scores energy,absent | 'absent'
         eval ce --weights aux.npy | --weights
         eval TMP/w.pt | --weights
         eval --ood rays=rays.npy ce | before the options
@@ -2081,7 +2081,7 @@ def test_commands_explain_themselves_parse_options_and_check_the_device(cli, mon
     refuses(lambda: greg.pick_device("tpu9"), "tpu9")
     monkeypatch.setattr(torch.distributed, "init_process_group", joined := Mock())
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun does
-    assert greg.pick_device("cpu") == CPU and joined.mock_calls == [call("gloo")]
+    assert greg.pick_device("cpu") == CPU and joined.call_args.args == ("gloo",)
 
 
 @pytest.mark.parametrize("job", ["cifar.sh demo", "cifar.sh cifar100", "imagenet.sh"])
