@@ -10,7 +10,7 @@ usage() {
 usage: run_imagenet.sh [--dry-run]
 
   Trains and evaluates every row of Table 3 on DenseNet-121, with three seeds.
-  --dry-run  print the command and run nothing
+  --dry-run  print the command and its runs, and run nothing
 
 Environment variables and their defaults:
   IMAGENET   ROOT/imagenet   folder with train/WNID/*.JPEG and val/WNID/*.JPEG
@@ -73,6 +73,8 @@ options=(--runs "${RUNS:-runs}" --root "$root" --seeds "${seeds[@]}" --workers "
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
 command=("${launch[@]}" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"})
+if [[ -n $dry_run ]] && command -v "$python" >/dev/null && "$python" -c 'import torch' 2>/dev/null
+then "$python" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"} --dry-run; fi
 printf '+%s\n' "$(printf ' %q' "${command[@]}")"
 # glibc returns large blocks to the system as soon as they are free, and every step on a CPU waits for
 # fresh pages. Both variables are needed for it to keep them.
