@@ -263,7 +263,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True, allow_unused=True)
     if g is None:
         raise ValueError("s does not depend on x: is part of the network under torch.no_grad()?")
-    return torch.linalg.vector_norm(g.flatten(1), dim=1) * keep
+    return torch.linalg.vector_norm(g.flatten(1), dim=1) * keep.flatten()
 
 
 def gradient_loss(
@@ -308,7 +308,7 @@ def greg_loss(
         if any(getattr(owner, mark, None) for owner in (m, m.forward) for mark in marks):
             need = "no part may be compiled, nor DistributedDataParallel have static_graph=True"
             raise ValueError(f"{type(m).__name__} would lose derivatives of Eq. (3): {need}")
-    n, x = len(x_in), torch.cat([x_in, x_aux]).detach().requires_grad_(lambda_grad != 0)
+    n, x = len(x_in), torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device).long()
@@ -444,7 +444,8 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
-    z_hat = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)))  # line 2
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), math.inf, eps=1e-30)
+    z_hat = F.normalize(z)  # line 2; no square overflows
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     chosen = torch.zeros(len(s), dtype=torch.bool, device=s.device)
     for j in labels.unique():  # line 4
@@ -463,8 +464,8 @@ def dos_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None) -> Tensor:
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): the n samples of lowest score, p_{K+1}, after a share q of all."""
     first = int(q * len(s))
-    if first + n > len(s) or s.isnan().any():
-        raise ValueError(f"NTOM takes {n} finite scores after the first {first}, got {len(s)}")
+    if s.dim() != 1 or first + n > len(s) or s.isnan().any():
+        raise ValueError(f"NTOM takes {n} scores [N] after the first {first}, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # not the hardest first
 
 
@@ -825,8 +826,9 @@ def attack(
     clamp=(0, 1) keeps images images. Failure proves nothing. ValueError in training mode, eps < 0.
     """
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
-    if min(steps, restarts) < 1 or not (eps >= 0).all() or any(m.training for m in net.modules()):
-        raise ValueError("attacks need steps, restarts >= 1, eps >= 0, and eval mode: net.eval()")
+    bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
+    if bad or min(steps, restarts) < 1 or any(m.training for m in net.modules()):
+        raise ValueError("attacks need 0 <= eps < inf, γ, steps, restarts >= 1, and net.eval()")
     limit = (eps * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), torch.zeros_like(eps)
     sign = torch.where(s_worst > gamma, -1.0, 1.0)
@@ -991,7 +993,7 @@ NEED_FIT = {"react", "dice", "dice+react", "line"}
 
 
 def _vector(s):
-    s = torch.as_tensor(s).detach().double()
+    s = torch.as_tensor(s, dtype=torch.float64).detach()
     if s.dim() != 1 or len(s) == 0 or s.isnan().any():
         got = f"{list(s.shape)} with {int(s.isnan().sum())} NaN"
         raise ValueError(f"a metric needs a score a sample, [N] with N >= 1 and no NaN; got {got}")
@@ -1323,7 +1325,7 @@ class Files(torch.utils.data.Dataset):
 
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
-    names = [p.name for p in folder.glob("[!.]*") if p.is_dir() and p.name != "__MACOSX"]
+    names = [p.name for p in folder.glob("[!.@]*") if p.is_dir() and p.name != "__MACOSX"]
     if not names:
         raise ValueError(f"{folder} has no folder of images for each class")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
@@ -1643,6 +1645,9 @@ def fine_tunes(method: str, id_data: str) -> bool:
 def resolve(c: Config, theirs: str | None = None) -> Config:
     """`c` with what its method's recipe gives filled in; ValueError for what cannot be. `theirs`:
     the normalisation that a run already has, which else is its start's."""
+    # A checkpoint takes no NumPy numbers and no paths.
+    plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
+    c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1663,6 +1668,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
+    no_score = method.score not in SCORES or (method.score == "absent") > method.extra_class
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     twice = kind == "imagenet" and c.aux.startswith("imagenet") and c.aux != c.id
     for wrong, text in (
@@ -1673,6 +1679,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
         (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
+        (no_score, f"METHODS: no score {method.score!r}, or absent without extra_class=True"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
     ):
         if wrong:
@@ -1790,15 +1797,17 @@ def interrupts(run: Run) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One run at a time in a folder, made if need be; ValueError for a second."""
-    import fcntl
-
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         try:
+            import fcntl
+
             if world()[0] == 0:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"another process works in {folder}: wait or use another") from None
+        except (ImportError, OSError) as e:  # Windows, and file systems without locks
+            remark(f"warning: {folder} cannot be locked ({e}): begin no second run in it")
         yield
 
 
@@ -1915,7 +1924,8 @@ def _cat(tensors, dim=0, **other):
 
 
 def _conv2d(x, weight, bias=None, *options, **other):
-    if bias is not None or other or len(options) < 4 or type(options[1]) is not tuple:
+    called = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
+    if not called or weight.grad_fn:  # a weight that is computed may depend on the images
         return None
     stride, padding, dilation, groups = options
 
@@ -1935,7 +1945,7 @@ def _conv2d(x, weight, bias=None, *options, **other):
 
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if not training or bias is None or x.dim() != 4 or x.numel() == x.shape[1]:
+    if not training or bias is None or weight.grad_fn or x.dim() != 4 or x.numel() == x.shape[1]:
         return None
     backward = _batch_norm_backward, _BatchNormBackward.apply
     forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
@@ -1981,7 +1991,7 @@ class _BatchNormBackward(torch.autograd.Function):
 # ---- The loop.
 SAVE_SECONDS = 600  # between saves within an epoch
 CHUNK = 32  # images at once where gradients at images are taken, or signs of life are due
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+SIGNALS = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
 
 
@@ -2027,7 +2037,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
         check_classes(state, ids.classes, folder)
-        if state.get("labels", labels := hashed(ids.y.tolist())) != labels:
+        now = {"labels": hashed(ids.y.tolist()), "n_aux": len(aux.x) if aux else 0}
+        if any(state.get(k, v) != v for k, v in now.items()):
             raise ValueError(f"{folder} was trained on other images: another number, or order")
         net.load_state_dict(state["net"])
         sgd.load_state_dict(state["optimizer"])
@@ -2054,6 +2065,7 @@ def save(run: Run, **more: Any) -> None:
     state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
     state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
     state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
+    state["n_aux"] = len(run.aux_set.x) if run.aux_set else 0
     content = io.BytesIO()  # torch.save to a full disk would raise no OSError
     weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     torch.save(state | weights, content)
@@ -2897,7 +2909,7 @@ def command_figure(args: argparse.Namespace) -> None:
 
     out = args.out or Path(f"figure_{args.which}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix[1:] not in (kinds := FigureCanvasBase.filetypes):
+    if out.suffix[1:].lower() not in (kinds := FigureCanvasBase.filetypes):
         raise ValueError(f"--out {out} ends in none of .{', .'.join(kinds)}")
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
