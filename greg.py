@@ -2061,7 +2061,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
 
 
 def save(run: Run, **more: Any) -> None:
-    """Write all that a resumed run needs."""
+    """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
     state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
     state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
     state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
