@@ -2305,8 +2305,9 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     folder, device = Path(folder).expanduser(), torch.device(device)
-    done, file = read_results(folder), folder / "checkpoint.pt"
-    begun = done or (stored(file) if file.exists() else {})
+    done, file, init = read_results(folder), folder / "checkpoint.pt", Path(config.init)
+    gone = not init.expanduser().exists()  # the start: what it was for then stands in the run
+    begun = done or (stored(file) if file.exists() else {}) if gone else {}
     c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
         check_same(c, done["config"], folder)
