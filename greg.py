@@ -2306,7 +2306,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     done, file, init = read_results(folder), folder / "checkpoint.pt", Path(config.init)
-    gone = not init.expanduser().exists()  # the start: what it was for then stands in the run
+    gone = not init.expanduser().exists()  # then the run itself tells its start's normalisation
     begun = done or (stored(file) if file.exists() else {}) if gone else {}
     c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
