@@ -445,7 +445,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
     z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), math.inf, eps=1e-30)
-    z_hat = F.normalize(z)  # line 2; no square overflows
+    z_hat = F.normalize(z)  # line 2, of z / max |z|: squares of z may overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     chosen = torch.zeros(len(s), dtype=torch.bool, device=s.device)
     for j in labels.unique():  # line 4
@@ -823,7 +823,7 @@ def attack(
 
     γ = -inf lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps
     shrink from eps / 2, every other time from 2 eps. An x' counts if it is within eps once rounded;
-    clamp=(0, 1) keeps images images. Failure proves nothing. ValueError in training mode, eps < 0.
+    clamp=(0, 1) keeps images images. Failure proves nothing. ValueError: odd eps or γ, training.
     """
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
@@ -1292,7 +1292,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set; x[i, seed] a random
-    crop and flip [1,s,s,3], x[[(i, seed), ...]] a batch; or an error (raised: a trace)."""
+    crop and flip [1,s,s,3], x[[(i, seed), ...]] a batch; errors are returned, for `batches`."""
 
     dtype = torch.uint8
 

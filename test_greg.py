@@ -858,7 +858,7 @@ def test_metrics_are_their_definitions_by_counting(s_in, s_out, share):
 
 
 def test_metrics_are_exact_in_float64_of_many_scores_and_of_vectors_alone():
-    a, s = torch.tensor([1.0], dtype=torch.float64), normal(0, 1_000_000, dtype=torch.float32)
+    a, s = torch.tensor([1.1], dtype=torch.float64), normal(0, 1_000_000, dtype=torch.float32)
     assert greg.auroc(a.tolist(), a + 1e-12) == 1.0  # float32 would round them together
     assert greg.auroc(s, s) == 0.5 and greg.fpr_at_tpr(s, s) == pytest.approx(0.95)
     ok, metrics = torch.ones(5), (greg.fpr_at_tpr, greg.auroc, greg.aupr, greg.ood_metrics)
@@ -1221,8 +1221,9 @@ def test_the_fast_double_backward_is_autograds_own(conv, norm, last, training):
     for twin, fast in (copy.deepcopy(net), True), (net, False):
         with greg.FastDoubleBackward() if fast else contextlib.nullcontext():
             y = nn.BatchNorm2d(4).double()(torch.cat([x, x], axis=1))  # another name of its dim
-            assert ("Fast" in str(y.grad_fn)) == fast
-            out = greg.greg_loss(twin, x[:2], torch.tensor([0, 3]), x[2:], 9.0, 9.5)
+            made = F.conv2d(x, 2 * net[0].body.weight, None, (1, 1), (1, 1), (1, 1), 1)  # of x?
+            assert ("Fast" in str(y.grad_fn), "Fast" in str(made.grad_fn), len(y)) == (fast, 0, 6)
+            out = greg.greg_loss(twin, x[:2], [0, 3], x[2:], 9.0, 9.5, 0.1, np.float64(1))
         if fast:
             third = functools.partial(torch.autograd.grad, out.loss, [*twin.parameters()])
             refuses(lambda: third(create_graph=True), "leave it out", error=RuntimeError)  # noqa: B023
@@ -1478,7 +1479,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         c = of(method, **dict(pair.split("=") for pair in given_.split()))
         for key, value in (pair.split("=") for pair in fields.split()):
             assert str(getattr(c, key)) == value, (method, given_, key)
-    assert of("greg+", wd=np.float64(0), id=Path("cifar10")) == greg.replace(of("greg+"), wd=0.0)
+    assert str(of("greg+", wd=np.float64(0), id=Path("cifar10"))) == str(of("greg+", wd=0.0))
     above_0 = "epochs lr batch size candidates grad_every candidate_chunk".split()
     not_below_0 = "wd n_train n_aux lambda_s lambda_grad noise workers aux_epoch".split()
     for word, change in (
@@ -1730,10 +1731,10 @@ def test_a_run_has_its_own_ood_sets_the_papers_or_the_built_in(monkeypatch):
 
 def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypatch):
     done, text = greg.read_results(lab / "ce"), (lab / "ce" / "results.json").read_text()
-    c = greg.saved_config(done["config"])
+    c = greg.saved_config(own := done["config"])
     assert {*done["metrics"]} == {*greg.POST_HOC_ROWS} and done["score"] == "energy"
-    for same in c, greg.replace(c, ood=[c.ood[0].replace("=/", "=/../")]):
-        assert greg.train(same, lab / "ce", CPU) == done
+    for same in c, greg.replace(c, ood=[c.ood[0].replace("=/", "=/../")], id=f"/..{c.id}"):
+        assert greg.train(same, lab / "ce", CPU) == done | {"config": own | {"id": same.id}}
     others = [("other OOD sets", {"ood": (spec,)}) for spec in ("svhn", "rays=x.npy", "synthetic")]
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
@@ -2058,8 +2059,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         _, err = cli("figure images", code)
         assert text in err and err.count("\n") == 1 and len(err) < 700
     monkeypatch.setenv("GREG_DEBUG", "1")
-    with pytest.raises(RuntimeError, match="a\n"):
-        greg.main(["figure", "images"])
+    pytest.raises(RuntimeError, greg.main, ["figure", "images"])
 
 
 def test_commands_explain_themselves_parse_options_and_check_the_device(cli, monkeypatch):
