@@ -1945,7 +1945,8 @@ def _conv2d(x, weight, bias=None, *options, **other):
 
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    if not training or bias is None or weight.grad_fn or x.dim() != 4 or x.numel() == x.shape[1]:
+    fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
+    if not fits or weight.grad_fn or x.numel() == x.shape[1]:
         return None
     backward = _batch_norm_backward, _BatchNormBackward.apply
     forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
