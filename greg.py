@@ -55,7 +55,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 Rng = torch.Generator | None
-Score = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]  # [N] of logits [N,K], or of images where it says so
 
 # ==================================================================================================
 # 1  Networks: f(x) = W h(x) + b (Sections 3.1 and 6.1)
@@ -245,7 +245,7 @@ def energy_score(logits: Tensor) -> Tensor:
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
     """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², of
-    the scores on the wrong side of their margin, s_in [n], s_aux [m] -> scalar; no empty side."""
+    the scores on the wrong side of their margin: s_in [n], s_aux [m], neither empty -> scalar."""
     if not (len(s_in) and len(s_aux)):
         raise ValueError(f"need ID and auxiliary samples, got {len(s_in)} and {len(s_aux)}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
@@ -254,8 +254,8 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
-    In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm has row i feel the others' scores
-    too: masking before and after keeps masked samples out. ValueError unless gradients are on.
+    In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm makes each score depend on each x:
+    the mask on s keeps masked scores out, that on norms masked rows. ValueError: gradients off.
     """
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
@@ -296,8 +296,8 @@ def greg_loss(
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
     as they are, first in a tuple, or as "logits" in a mapping. On another method (Table 4):
     aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
-    its own, that of S. Raises ValueError for m_in >= m_aux, a side without samples, and compiled
-    modules or DDP's static_graph, which may lose second derivatives. Where attention is
+    its own, that of S. Raises ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for
+    compiled modules or DDP's static_graph, which may lose second derivatives. Where attention is
     checkpointed, so that backward() computes it again, call that under
     `sdpa_kernel(SDPBackend.MATH)` too.
     """
@@ -315,7 +315,7 @@ def greg_loss(
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
-    gradient = gradient_loss(s, x, n, m_in, m_aux, reduction) if lambda_grad else 0 * ce.detach()
+    gradient = gradient_loss(s, x, n, m_in, m_aux, reduction) if lambda_grad else ce.new_zeros(())
     return GregLoss(ce + lambda_s * energy + lambda_grad * gradient, ce, energy, gradient, f, s)
 
 
@@ -384,7 +384,7 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K-Means (Lloyd 1982): x [N,d] -> labels [N] int64, centroids [k,d], inertia (a scalar).
 
-    The best of `n_init` restarts, in float32 or float64; one stops when its centroids' squared
+    The best of `n_init` restarts, in float32 or float64; each stops when its centroids' squared
     movement is at most tol times a feature's mean variance. Labels: the nearest centroid returned.
     An empty cluster moves to the point farthest from its centroid; with fewer than k distinct
     points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N.
@@ -407,7 +407,8 @@ def kmeans(
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break  # the last pass only assigns
                 old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
-                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # in fixed order
+                # The means of the clusters, each added up in a fixed order.
+                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
                 c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
                 moved = (c - old).square().sum()
             runs.append((distance.sum().item(), labels, c))
@@ -416,29 +417,26 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
-    next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest so far. Half the
-    sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018)."""
-    weight = square + square.mean() + 1e-30  # equal points are as likely as each other
-    x = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
-    distances = torch.cdist(x, x).square()
-    chosen, closest = [x[0]], distances[0]
-    for _ in range(1, k):
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007): [k,d] of x and ‖x‖². After the first, a seed
+    is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed so far."""
+    chosen = [torch.randint(len(x), (), generator=generator, device=x.device)]
+    closest = (x - x[chosen[0]]).square().sum(1)
+    for _ in range(1, k):  # 1e-30: where all distances are 0, all are as likely
         i = torch.multinomial(closest + 1e-30, 2 + int(math.log(k)), True, generator=generator)
-        nearer = torch.minimum(distances[i], closest)
+        nearer = (square + square[i, None] - 2 * x[i] @ x.mT).clamp(min=0).minimum(closest)
         best = nearer.sum(1).argmin()
         closest = nearer[best]
-        chosen.append(x[i[best]])
-    return torch.stack(chosen)
+        chosen.append(i[best])
+    return x[torch.stack(chosen)]
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
     """Algorithm 1: 2k distinct indices into the candidates, given features z [N,d], scores s [N].
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
-    the `ends` of its ranking: mostly Eq. (1) acts on the first, Eq. (3) on the second; all 2k go to
-    both. A cluster of one gives one; the number is made up at random. ValueError for more indices
-    than candidates, or a NaN score.
+    the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
+    has one member, a random candidate completes the number. ValueError for more indices than
+    candidates, or a NaN score.
     """
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
@@ -451,7 +449,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     for j in labels.unique():  # line 4
         cluster = (labels == j).nonzero()[:, 0]  # line 5: I
         ranked = cluster[s[cluster].argsort(stable=True)]
-        chosen[ranked[[*ends]]] = True  # lines 6 and 7
+        chosen[ranked[[*ends]]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
     return (lottery + 2 * chosen).topk(n).indices  # line 8: the union, made up
 
@@ -504,7 +502,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound if S is lipschitz-Lipschitz on B(x, ε), which the paper's L_S = ‖∇S(x)‖ need not be for
-    OOD samples (see `ood_radius`); numbers or [N]. ValueError for NaN, or either below 0.
+    OOD samples (see `ood_radius`). lipschitz, eps: numbers or [N], ValueError below 0, or for NaN.
     """
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
@@ -515,7 +513,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     return radius
 
 
-# The layers of the paper's networks, which have a rule, and what their options (or pairs) must be.
+# Types of layers that have a rule, and the options (or pairs of them) for which it holds.
 _DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
 _KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
 _KNOWN = *_KNOWN, nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
@@ -549,7 +547,7 @@ def _exact(net, x, *also):
 
 
 def _layers(m):
-    """The layers in order, one used twice as two."""
+    """The layers of m in forward order; one that is used twice is listed twice."""
     parts = m if type(m) is nn.Sequential else (m.features, m.fc) if type(m) is Net else None
     return [m] if parts is None else [v for part in parts for v in _layers(part)]
 
@@ -569,7 +567,7 @@ def _linear(m, x, f):
 
 
 def _carry(net, c, r, relu, f):
-    """c through `net` and beside it r, by `_linear` with f in affine layers, by `relu` in ReLUs."""
+    """Push c through `net`, and r beside it: by `_linear` with f; ReLUs map both, by `relu`."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
@@ -606,17 +604,17 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """The channel weights w [C] after `net` on x: the map is diag(w) · (a 1-Lipschitz one).
+    """The w [C] after `net` on x with which the map so far is diag(w) · g, g 1-Lipschitz.
 
-    ReLU, diagonal too, leaves w as it is: that makes the bound tight. Of two branches, (t w, t' w')
-    with 1/t² + 1/t'² = 1 makes two 1-Lipschitz maps one: any ratio is sound.
+    ReLU, diagonal too, leaves w as it is: that makes the bound tight. Two branches' g and g' join
+    as (g / t, g' / t'), 1-Lipschitz for 1/t² + 1/t'² = 1, any such ratio, and w, w' take up t, t'.
     """
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
             branches = getattr(m, "shortcut", nn.Identity()), m.body
             _demand(m, type(m) is Concat or all(b(x).shape == y.shape for b in branches))
-            v, w = (_propagate(b, x, w) for b in branches)
+            v, w = _propagate(branches[0], x, w), _propagate(branches[1], x, w)
             ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)
             v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()
             w = v.hypot(w) if type(m) is Residual else torch.cat([v, w])
@@ -644,7 +642,7 @@ def _propagate(net, x, w):
 def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
-    At the end ∇S = -Wᵀp · ∇h is a convex combination of rows of the last layer W. Vacuous for deep
+    By h, ∇S = -Wᵀp with p = softmax(f): the last layer W counts max_i ‖W_i‖. Vacuous for deep
     networks (by 5 to 40 powers of ten). NotImplementedError names a layer without a rule, as below.
     """
     x = [*net.parameters(), torch.zeros(())][0].new_zeros(1, *shape, dtype=torch.float64)
@@ -659,7 +657,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 def linear_region(net: nn.Module, x: Tensor) -> Region:
     """z [K], A [K,D], ε̂ (a float) of one input: f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
 
-    Under the pattern of x, pre-activations are a_j + g_j·u; it holds where they keep their signs:
+    Under the ReLU pattern of x, pre-activation j is a_j + g_j·u; it holds until one changes sign:
     ε̂ = min_j |a_j| / ‖g_j‖, exact (Section 5). x [C,H,W], [D] or a batch of one; D derivatives.
     """
     x = (x if x.dim() in (2, 4) else x[None]).detach().double()
@@ -710,8 +708,8 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     return max(low, 2 * m / root) if root else math.inf
 
 
-# ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals forward and backward: with
-# centres c and radii r, autograd gives Wᵀ g_c and |W|ᵀ g_r in affine layers.
+# ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
+# layers give Wc and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
     """ReLU of an interval (c, r); backward, the cotangent interval times the derivative's."""
 
@@ -744,9 +742,9 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     c, r, axes = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
     ends = x, r
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # an ellipsoid while layers are diagonal; one more gives its exact box
+        m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes √axes
         c, r, axes = m(c), _linear(m, r, torch.abs), _linear(m, axes, torch.square)
-        if type(m) in (nn.Conv2d, nn.Linear):
+        if type(m) in (nn.Conv2d, nn.Linear):  # after one of these its box is exact, not further
             break
     r = r + eps.view(-1, *[1] * (c.dim() - 1)) * axes.sqrt()
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs)
@@ -789,11 +787,11 @@ def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng =
 
 
 def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001) -> Tensor:
-    """Signed radius [N] of the smoothed detector from its `noisy_scores` s [N,n]; -R: ID within R.
+    """Signed radius [N] of the detector "ID iff P(S(x + σZ) <= γ) > 1/2", by its scores s [N,n].
 
-    It says ID iff P(S(x + σZ) <= γ) > 1/2, and within R = σ Φ⁻¹(p̲) of x if p̲ > 1/2 bounds that from
-    below (Cohen et al. 2019); +R: OOD, alike; 0: undecided. By Clopper-Pearson, R is too large with
-    probability at most alpha, unless γ comes from s. ValueError for too few draws, or bad numbers.
+    -R: ID within R of x; +R: OOD; 0: undecided. R = σ Φ⁻¹(p), p the Clopper-Pearson lower bound of
+    the side that wins (Cohen et al. 2019): it is too large with probability at most alpha, unless γ
+    comes from s. ValueError for too few draws, or bad numbers.
     """
     from scipy.stats import beta
 
@@ -843,7 +841,7 @@ def attack(
             u = (near.detach().double() - x).flatten(1)
             i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)
             worst[i], s_worst[i], distance[i] = near.detach()[i], s.detach()[i], u.norm(dim=1)[i]
-            step = 2 * 4.0 ** (restart % 2 - 1) * (1 - t / (steps + 1))
+            step = (0.5, 2.0)[restart % 2] * (1 - t / (steps + 1))
             u = u + step * limit * F.normalize(g.flatten(1).double(), eps=1e-30)
     flipped = (s_worst > gamma) == (sign > 0)
     return Attack(worst, s_worst, flipped, torch.where(flipped, distance, math.inf))
@@ -899,9 +897,9 @@ def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = m
 
 
 def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[int], Tensor]:
-    """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. A
-    feature's contribution to class c, E[h_j ∂f_c/∂h_j | y = c], is W_c ⊙ E[h | y = c]. Class c
-    keeps those above the p_a-th percentile, and of their products with the weights the p_w-th."""
+    """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. The
+    contributions E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps (i, j) if V_cj is
+    above the p_a-th percentile of V_c, and |V_cj| W_ij above the p_w-th of all |V_c| W."""
     V = W * z_class  # contributions
     activation = torch.stack([percentile(v, p_a) for v in V])
     weight = torch.stack([percentile(v.abs() * W, p_w) for v in V])
@@ -932,8 +930,8 @@ class PostHoc(NamedTuple):
 
 
 # By ID data, or ID data and network; the paper names none. ResNet-18 and WRN take LINe's values of
-# DenseNet, DenseNet-121 with ten classes those of DICE and LINe of ResNet-50 with 1,000. On
-# DenseNet-BC most features are near 0 and ReAct's percentile clips nearly all others: LINe's clip.
+# DenseNet, DenseNet-121 with ten classes those of DICE and LINe of ResNet-50 with 1,000. Most of
+# DenseNet-BC's features are near 0, so that ReAct's percentile would clip the rest: LINe's clip.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
     ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
@@ -983,7 +981,7 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, Fit], Tensor]] = 
     "line": lambda net, x, f, z, fit: line(z, fit.W, fit.b, fit.masks, fit.p.line_clip),
     "absent": lambda net, x, f, z, fit: absent(net.fc(z)),
 }
-POST_HOC_ROWS = tuple(SCORES)[:7]
+POST_HOC_ROWS = tuple(name for name in SCORES if name != "absent")
 NEED_FIT = {"react", "dice", "dice+react", "line"}
 
 
@@ -1285,9 +1283,9 @@ def check_set(images: Images, size: int, what: str) -> Images:
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
     if odd := sorted({*y.tolist()} ^ {*range(len(classes))})[:9]:
         raise ValueError(f"{what} needs all labels 0..{len(classes) - 1}; missing or beyond: {odd}")
-    images, order = images._replace(y=y.long()), torch.Generator().manual_seed(0)
+    images, g = images._replace(y=y.long()), torch.Generator().manual_seed(0)
     in_order = (images.y.diff() >= 0).all()  # then the first N would not stand for them all
-    return images.take(torch.randperm(len(y), generator=order)) if in_order else images
+    return images.take(torch.randperm(len(y), generator=g)) if in_order else images
 
 
 class Files(torch.utils.data.Dataset):
@@ -1480,7 +1478,7 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, _, path = item.partition("=")
         if name in sets or path and (name in ("", "id", "mean") or "/" in name):
-            raise ValueError(f"--ood {item}: the name {name!r} is taken")
+            raise ValueError(f"--ood {item}: the name {name!r} is taken, or none for a set")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
         images = unlabelled(name, path, root, download, size, "test")
@@ -1494,9 +1492,9 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 
 
 class Sampler(NamedTuple):
-    """A step's auxiliary images, `per_id` for each ID image: random, or by `pick`, or by `pool`."""
+    """A step's auxiliary images: random, or picked of its candidates, or of the epoch's pool."""
 
-    per_id: int = 1
+    per_id: int = 1  # images for each ID image
     pick: Callable[..., Tensor] | None = None  # (z, f, k, generator): k · per_id of candidates
     pool: Callable[..., Tensor] | None = None  # (run, order, n, generator): n, once an epoch
 
@@ -1664,7 +1662,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
         theirs = stored(init).get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
-    learning_rate(c, 0)
+    learning_rate(c, 0)  # raises for a bad --schedule
     positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
@@ -1852,141 +1850,6 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
     out = (embed(run.net, to_input(run, images.pixels(i)), run.config.amp) for i in parts)
     z, f = zip(*((z.cpu(), f.cpu()) for z, f in out), strict=True)
     return torch.cat(z), torch.cat(f)
-
-
-def shared(t: Tensor) -> Tensor:
-    """The mean of t over all processes, with all its derivatives, which are such means too."""
-    mean, at_t = lambda t: [average(t.clone())], lambda taking, g: [shared(g)]
-    return _Fast.apply(FastDoubleBackward, 0, mean, at_t, t)
-
-
-class SyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batches of all processes, of equal size, twice differentiable."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean = shared(wide.mean(**over))
-            var = shared((wide - mean).square().mean(**over))
-            self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
-            self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
-            factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
-            return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
-
-
-# ---- The same step, faster.
-class FastDoubleBackward(TorchFunctionMode):
-    """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
-
-    PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
-    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True
-    gives the gradient at images alone; outside, it is a RuntimeError.
-    """
-
-    over = False
-
-    def __exit__(self, *error):
-        self.over = True
-        return super().__exit__(*error)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
-        rules = faster and faster(*args, **kwargs or {})
-        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
-
-
-class _Fast(torch.autograd.Function):
-    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, inputs[:kept], more)."""
-
-    @staticmethod
-    def forward(ctx, mode, kept, forward, backward, *inputs):
-        y, *more = forward(*inputs)
-        ctx.save_for_backward(*inputs[:kept], *more)
-        ctx.mode, ctx.rule = mode, backward
-        return y
-
-    @staticmethod
-    def backward(ctx, g):
-        taking = torch.is_grad_enabled()  # ∇S, to be differentiated, not the loss's gradient
-        if taking and ctx.mode.over:
-            raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
-        return None, None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
-
-
-def _cat(tensors, dim=0, **other):
-    if other or len({t.dtype for t in tensors}) > 1:
-        return None
-    sizes = [t.shape[dim] for t in tensors]
-    return 0, lambda *x: [torch.cat(x, dim)], lambda taking, g: g.split(sizes, dim), *tensors
-
-
-def _conv2d(x, weight, bias=None, *options, **other):
-    called = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
-    if not called or weight.grad_fn:  # a weight that is computed may depend on the images
-        return None
-    stride, padding, dilation, groups = options
-
-    def backward(taking, g, x, weight):
-        if not taking:
-            wanted = x.requires_grad, weight.requires_grad, False
-            more = None, *options[:3], False, (0, 0), groups, wanted
-            return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
-        # At x alone, as a convolution whose own derivatives are cheap.
-        sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
-        rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
-        return F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation), None
-
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-    return 2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
-
-
-def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
-    fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
-    if not fits or weight.grad_fn or x.numel() == x.shape[1]:
-        return None
-    backward = _batch_norm_backward, _BatchNormBackward.apply
-    forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
-    return 2, forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
-
-
-def _batch_norm_backward(g, x, w, mean, r, at_all=True):
-    """w r P(g) with P(g) = g - mean(g) - x̂ mean(g x̂), and the sums of g x̂ and of g: one kernel."""
-    options = None, None, mean, r, True, 0.0, (at_all, True, at_all)
-    return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
-
-
-class _BatchNormBackward(torch.autograd.Function):
-    """The gradient w r P(g) of batch norm, y = w x̂ + b with x̂ = (x - mean(x)) r, and that of it.
-
-    Let v be what arrives for w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
-    q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
-    arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x.
-    """
-
-    @staticmethod
-    def forward(ctx, g, *saved):
-        at_x, *sums = _batch_norm_backward(g, *saved)
-        ctx.save_for_backward(g, *saved, *sums)
-        return at_x, None, None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, v, *_):
-        g, x, w, mean, r, b, a = ctx.saved_tensors
-        at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
-        m, one = x.numel() // len(w), torch.ones_like(r)
-        vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
-        a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
-        q = vg - a * d - b * c
-        slope = (q - 2 * b * c) * r
-        shift = -(c * a + b * d + slope * mean)
-        shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
-        at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
-        return at_g, at_x.to(x.dtype), m * r * q, None, None
 
 
 # ---- The loop.
@@ -2185,7 +2048,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     if bad := [name for name, v in means.items() if not math.isfinite(v)]:
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
         why = "--lr or --lambda-grad is too large, or --stats not the start's"
-        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")
+        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")  # not the sum
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
     progress.update(run.step - progress.n)
@@ -2231,7 +2094,7 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
             row["probe_accuracy"] = hit.float().mean().item()
     if run.aux_set:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
-    if not all(map(math.isfinite, row.values())):  # the step after the last look
+    if not all(map(math.isfinite, row.values())):  # `look` saw no loss of the last step's weights
         raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
     # A run that was resumed replaces the rows after its checkpoint.
     rows = [*(r for r in read_log(run.folder) if r["epoch"] < row["epoch"]), row]
@@ -2246,6 +2109,141 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
         return gradient_norm(energy_score(net(x)), x).detach()
 
 
+# ---- The same step, faster, and over several processes: none of it is in the paper.
+class FastDoubleBackward(TorchFunctionMode):
+    """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
+
+    PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
+    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True
+    gives the gradient at images alone; outside, it is a RuntimeError.
+    """
+
+    over = False
+
+    def __exit__(self, *error):
+        self.over = True
+        return super().__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
+        rules = faster and faster(*args, **kwargs or {})
+        return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
+
+
+class _Fast(torch.autograd.Function):
+    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, inputs[:kept], more)."""
+
+    @staticmethod
+    def forward(ctx, mode, kept, forward, backward, *inputs):
+        y, *more = forward(*inputs)
+        ctx.save_for_backward(*inputs[:kept], *more)
+        ctx.mode, ctx.rule = mode, backward
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        taking = torch.is_grad_enabled()  # create_graph=True, so this is ∇S; else the loss's own
+        if taking and ctx.mode.over:
+            raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
+        return None, None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
+
+
+def _cat(tensors, dim=0, **other):
+    if other or len({t.dtype for t in tensors}) > 1:
+        return None
+    sizes = [t.shape[dim] for t in tensors]
+    return 0, lambda *x: [torch.cat(x, dim)], lambda taking, g: g.split(sizes, dim), *tensors
+
+
+def _conv2d(x, weight, bias=None, *options, **other):
+    called = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
+    if not called or weight.grad_fn:  # a weight that is computed may depend on the images
+        return None
+    stride, padding, dilation, groups = options
+
+    def backward(taking, g, x, weight):
+        if not taking:
+            wanted = x.requires_grad, weight.requires_grad, False
+            more = None, *options[:3], False, (0, 0), groups, wanted
+            return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
+        # At x alone, as a convolution whose own derivatives are cheap.
+        sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
+        rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
+        return F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation), None
+
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    return 2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
+
+
+def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
+    if not fits or weight.grad_fn or x.numel() == x.shape[1]:
+        return None
+    backward = _batch_norm_backward, _BatchNormBackward.apply  # of the loss, of ∇S
+    forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
+    return 2, forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
+
+
+def _batch_norm_backward(g, x, w, mean, r, at_all=True):
+    """w r P(g) with P(g) = g - mean(g) - x̂ mean(g x̂), and the sums of g x̂ and of g: one kernel."""
+    options = None, None, mean, r, True, 0.0, (at_all, True, at_all)
+    return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
+
+
+class _BatchNormBackward(torch.autograd.Function):
+    """The gradient w r P(g) of batch norm, y = w x̂ + b with x̂ = (x - mean(x)) r, and that of it.
+
+    Let v be what arrives for w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
+    q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
+    arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x.
+    """
+
+    @staticmethod
+    def forward(ctx, g, *saved):
+        at_x, *sums = _batch_norm_backward(g, *saved)
+        ctx.save_for_backward(g, *saved, *sums)
+        return at_x, None, None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, v, *_):
+        g, x, w, mean, r, b, a = ctx.saved_tensors
+        at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
+        m, one = x.numel() // len(w), torch.ones_like(r)
+        vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
+        a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
+        q = vg - a * d - b * c
+        slope = (q - 2 * b * c) * r
+        shift = -(c * a + b * d + slope * mean)
+        shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
+        at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
+        return at_g, at_x.to(x.dtype), m * r * q, None, None
+
+
+def shared(t: Tensor) -> Tensor:
+    """The mean of t over all processes, with all its derivatives, which are such means too."""
+    mean, at_t = lambda t: [average(t.clone())], lambda taking, g: [shared(g)]
+    return _Fast.apply(FastDoubleBackward, 0, mean, at_t, t)  # the class: a mode that is never over
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes, of equal size, twice differentiable."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            mean = shared(wide.mean(**over))
+            var = shared((wide - mean).square().mean(**over))
+            self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+            self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
+            factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
+            return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
+
+
 # ==================================================================================================
 # 9  Evaluation, tables, figures, command line (Section 6)
 # Needs: everything above
@@ -2256,7 +2254,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean.
 
-    With the mean ‖∇S‖ of 1,000 images a set (S of all outputs); and raw scores by "score/set".
+    Beside these the mean ‖∇S‖ of 1,000 images a set (S of all outputs); raw scores by "score/set".
     """
     (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
     fit = Fit(post_hoc(c.id, c.arch, K), std)
@@ -2386,15 +2384,14 @@ def certify_report(
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
 
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
-    "certified": the global and, if `local`, local bound (absent without layer rules); "smoothed"
-    (absent for n = 0): the detector of medians under noise with its own threshold, certified with
-    probability 1 - alpha an input; "id_rejected": ID attacked above gamma (default: x_in's).
+    "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
+    an error without a local one); "smoothed" (n > 0): the detector of medians under noise with its
+    own threshold, probability 1 - alpha an input; "id_rejected": ID attacked above gamma (x_in's).
     """
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
-    if n:  # refuses too few draws before the work
-        smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha)
+    smoothed_radius(torch.zeros(1, n or 10**4), 0.0, sigma, alpha)  # raises for too few draws
     g = rng(x_in.device, "certificates")
 
     @torch.no_grad()
@@ -2421,8 +2418,9 @@ def certify_report(
     kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
     with contextlib.suppress(NotImplementedError), bar(None, "global bound", total=1):
         lipschitz = lipschitz_global(net, x_in.shape[1:])
-        over(certified, x_in[:1], 0.0)  # the local bound knows fewer layers
         kinds["certified"] = certified
+    if local and lipschitz is not None:
+        over(certified, x_in[:1], 0.0)  # raises for layers that only the global bound knows
     s_in, smooth_in = over(score, x_in), over(smoothed, x_in).median(1).values if n else None
     gamma = threshold(s_in) if gamma is None else gamma
     raised = {eps: over(attacked, x_in, eps, math.inf) for eps in epsilons}
@@ -2726,7 +2724,8 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
             x = x[(x.abs() < 2).all(1)][:points]
             radii = certify(net, x, gamma, True)
             sizes = bar(torch.logspace(-2, 0.55, 120).tolist(), f"attack {side}")
-            distance = torch.stack([attack(net, x, gamma, eps).distance for eps in sizes]).amin(0)
+            found = [attack(net, x, gamma, eps, generator=g) for eps in sizes]
+            distance = torch.stack([each.distance for each in found]).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
             ratios = {f"attack / radius, {k}": distance / r for k, r in radii.items()}
             for k, v in {"radius": best, "attack": distance, **ratios}.items():
@@ -2980,7 +2979,7 @@ def parser() -> Parser:
         for word in ("--device " + words).split():
             p.add_argument(word.strip("[]"), **ARGUMENTS[word])
         for f in fields(Config):
-            if (f.name in wanted.split()) != ("*" in wanted):
+            if (f.name in wanted.split()) != ("*" in wanted):  # listed, or with "*" not listed
                 more = {**f.metadata, **kinds[f.type], "default": argparse.SUPPRESS}
                 more["help"] += f" (default: {f.default})" if f.default else ""
                 p.add_argument("--" + f.name.replace("_", "-"), **more)
