@@ -214,6 +214,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         {k: v for k, v in d.items() if isinstance(v, Tensor) and not k.endswith("batches_tracked")}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
+    # The network is all of the file, or its submodules of our names, or one submodule of it.
     top = {k: k.partition(".")[0] for k in (*ours, *theirs)}
     top_names = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
     fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
@@ -223,7 +224,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
         raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
     pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
-    if not all(a.endswith(b) for b, a in pairs.items()):
+    if not all(a.endswith(b) for b, a in pairs.items()):  # other names: by position
         pairs = dict(zip(ours, fits[0], strict=True))
     for b, a in pairs.items():
         if a.rpartition(".")[2] != b.rpartition(".")[2] or theirs[a].shape != ours[b].shape:
@@ -2306,7 +2307,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     folder, device = Path(folder).expanduser(), torch.device(device)
     done, file, init = read_results(folder), folder / "checkpoint.pt", Path(config.init)
     gone = not init.expanduser().exists()  # then the run itself tells its start's normalisation
-    begun = done or (stored(file) if file.exists() else {}) if gone else {}
+    begun = (done or (stored(file) if file.exists() else {})) if gone else {}
     c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
         check_same(c, done["config"], folder)
@@ -2480,7 +2481,7 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
         start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
         paths = tuple(sorted(one_spelling(v) for v in c.ood if "=" in v))
-        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())
+        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # no shares: see mean_std
         for score, sets in r["metrics"].items():
             name = c.method + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
@@ -2780,13 +2781,14 @@ def command_demo(args: argparse.Namespace) -> None:
         report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)
         hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
         mean, norm = r["metrics"]["energy"]["mean"], r["gradient_norm"]["id"] / 100
-        row = r["accuracy"], mean["fpr95"], mean["auroc"], norm, hit
+        row = r["accuracy"], mean["fpr95"], mean["auroc"], norm, hit, report["id_rejected"][0.25]
         cells.setdefault(method, []).append(row)
-    header = "method", "ID accuracy", "mean FPR95", "AUROC", "‖∇S‖ ID", "FPR95 attacked, ℓ2 0.25"
+    header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
     s = ", ".join(map(str, args.seeds))
-    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {s}. What to look at: outlier exposure
-(energy) is to lower FPR95; the gradient term (greg) ‖∇S‖, and with it FPR95 under attack.""")
+    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {s}. Attacked (ℓ2 0.25): OOD to look
+ID, ID to be rejected. What to look at: outlier exposure (energy) is to lower FPR95; the
+gradient term (greg) ‖∇S‖, and with it what attacks do.""")
     folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
