@@ -408,8 +408,7 @@ def kmeans(
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break  # the last pass only assigns
                 old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
-                # The means of the clusters, each added up in a fixed order.
-                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
+                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # in fixed order
                 c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
                 moved = (c - old).square().sum()
             runs.append((distance.sum().item(), labels, c))
@@ -418,17 +417,20 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007): [k,d] of x and ‖x‖². After the first, a seed
-    is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed so far."""
-    chosen = [torch.randint(len(x), (), generator=generator, device=x.device)]
-    closest = (x - x[chosen[0]]).square().sum(1)
-    for _ in range(1, k):  # 1e-30: where all distances are 0, all are as likely
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
+    next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed. Half the
+    sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018)."""
+    weight = square + square.mean() + 1e-30  # equal points are as likely as each other
+    x = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
+    distances = torch.cdist(x, x).square()
+    chosen, closest = [x[0]], distances[0]
+    for _ in range(1, k):
         i = torch.multinomial(closest + 1e-30, 2 + int(math.log(k)), True, generator=generator)
-        nearer = (square + square[i, None] - 2 * x[i] @ x.mT).clamp(min=0).minimum(closest)
+        nearer = torch.minimum(distances[i], closest)
         best = nearer.sum(1).argmin()
         closest = nearer[best]
-        chosen.append(i[best])
-    return x[torch.stack(chosen)]
+        chosen.append(x[i[best]])
+    return torch.stack(chosen)
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
@@ -2785,9 +2787,8 @@ def command_demo(args: argparse.Namespace) -> None:
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    s = ", ".join(map(str, args.seeds))
-    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {s}. Attacked (ℓ2 0.25): OOD to look
-ID, ID to be rejected. What to look at: outlier exposure (energy) is to lower FPR95; the
+    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {args.seeds}. Attacked (ℓ2 0.25): OOD to
+look ID, ID to be rejected. What to look at: outlier exposure (energy) is to lower FPR95; the
 gradient term (greg) ‖∇S‖, and with it what attacks do.""")
     folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
