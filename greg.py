@@ -84,15 +84,14 @@ class Residual(nn.Module):
         return self.body(x) + self.shortcut(x)
 
 
-class Concat(nn.Module):
-    """x -> [x, body(x)] along the channels."""
+class Concat(Residual):
+    """x -> [x, body(x)] along the channels: as Residual, but joined, and with no other shortcut."""
 
     def __init__(self, body: nn.Module):
-        super().__init__()
-        self.body = body
+        super().__init__(body, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.body(x)], dim=1)
+        return torch.cat([self.shortcut(x), self.body(x)], dim=1)
 
 
 class Normalize(nn.Module):
@@ -299,8 +298,7 @@ def greg_loss(
     aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
     its own, that of S. Raises ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for
     compiled modules or DDP's static_graph, which may lose second derivatives. Where attention is
-    checkpointed, so that backward() computes it again, call that under
-    `sdpa_kernel(SDPBackend.MATH)` too.
+    checkpointed, call backward(), which repeats it, under `sdpa_kernel(SDPBackend.MATH)` too.
     """
     if aux_loss is None and not m_in < m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -370,13 +368,12 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks:
         for m in linear:
-            hook = m.register_forward_hook(lambda _, z, f: caught.append((z[0], f)), prepend=True)
-            hooks.enter_context(hook)
+            hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
-    for z, given in caught:
+    for _, z, given in caught:
         if given is f and f.dim() == 2:  # the very tensor: nothing came after
-            return z, f
+            return z[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
 
@@ -438,8 +435,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
     the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
-    has one member, a random candidate completes the number. ValueError for more indices than
-    candidates, or a NaN score.
+    has one member, a random candidate completes the number. ValueError: too few, or a NaN score.
     """
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
@@ -448,10 +444,9 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), math.inf, eps=1e-30)
     z_hat = F.normalize(z)  # line 2, of z / max |z|: squares of z may overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
-    chosen = torch.zeros(len(s), dtype=torch.bool, device=s.device)
+    order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
-        cluster = (labels == j).nonzero()[:, 0]  # line 5: I
-        ranked = cluster[s[cluster].argsort(stable=True)]
+        ranked = order[labels[order] == j]  # line 5: I, by score
         chosen[ranked[[*ends]]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
     return (lottery + 2 * chosen).topk(n).indices  # line 8: the union, made up
@@ -492,9 +487,8 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # Needs: Net, Residual, Concat, Normalize (1), energy_score (2)
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. All is computed in float64, norms are rounded up and, by `certify`,
-# radii down by 1e-9: that covers rounding where sums do not cancel to nine digits, not that of
-# lower precision.
+# in the units of its input. All is in float64, norms are rounded up and, by `certify`, radii down
+# by 1e-9: that covers rounding where sums do not cancel to nine digits, not lower precision's.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
@@ -575,8 +569,7 @@ def _carry(net, c, r, relu, f):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
-            branches = getattr(m, "shortcut", nn.Identity()), m.body
-            both = zip(*(_carry(v, c, r, relu, f) for v in branches), strict=True)
+            both = zip(*(_carry(v, c, r, relu, f) for v in (m.shortcut, m.body)), strict=True)
             c, r = (sum(v) if type(m) is Residual else torch.cat(v, 1) for v in both)
         else:
             c, r = m(c), _linear(m, r, f)
@@ -615,9 +608,8 @@ def _propagate(net, x, w):
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
-            branches = getattr(m, "shortcut", nn.Identity()), m.body
-            _demand(m, type(m) is Concat or all(b(x).shape == y.shape for b in branches))
-            v, w = _propagate(branches[0], x, w), _propagate(branches[1], x, w)
+            _demand(m, type(m) is Concat or m.shortcut(x).shape == m.body(x).shape)
+            v, w = _propagate(m.shortcut, x, w), _propagate(m.body, x, w)
             ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)
             v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()
             w = v.hypot(w) if type(m) is Residual else torch.cat([v, w])
@@ -764,8 +756,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 
     "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input).
     """
-    with torch.no_grad():
-        s = energy_score(_exact(net, x)(x.double()))
+    s = energy_score(_exact(net, x)(x.double())).detach()
     top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
     sizes = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
     local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in sizes]
@@ -876,8 +867,7 @@ def odin(
         f = net(x)[:, :K] / T
         (g,) = torch.autograd.grad(F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
         step = eps / x.new_tensor(std).view(1, -1, *[1] * (x.dim() - 2))
-        with torch.no_grad():
-            f = net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype))[:, :K]
+        f = net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype))[:, :K].detach()
     return msp(f.double() / T)  # at T = 1000, float32 would make ties
 
 
@@ -996,8 +986,7 @@ NEED_FIT = {"react", "dice", "dice+react", "line"}
 def _vector(s):
     s = torch.as_tensor(s, dtype=torch.float64).detach()
     if s.dim() != 1 or len(s) == 0 or s.isnan().any():
-        got = f"{list(s.shape)} with {int(s.isnan().sum())} NaN"
-        raise ValueError(f"a metric needs a score a sample, [N] with N >= 1 and no NaN; got {got}")
+        raise ValueError(f"need scores [N], N >= 1, got {list(s.shape)} with {s.isnan().sum()} NaN")
     return s
 
 
@@ -1033,10 +1022,9 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
     """All metrics of one OOD set, as fractions, with the counts that AUPR depends on."""
     s_in, s_out = _vector(s_in), _vector(s_out)
-    counts = {"n_in": len(s_in), "n_out": len(s_out)}
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
-    return {**rates, "auroc": auroc(s_in, s_out), **both, **counts}
+    return {**rates, "auroc": auroc(s_in, s_out), **both, "n_in": len(s_in), "n_out": len(s_out)}
 
 
 # ==================================================================================================
@@ -1731,11 +1719,10 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
 
 def stored(path: str | Path) -> dict[str, Any]:
     """The checkpoint of a run's folder or file; {} of other files."""
-    path = Path(path).expanduser()
-    path = path / "checkpoint.pt" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}: name a run of greg.py train, or weights")
-    state = read_tensors(path)
+    try:
+        state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"no {e.filename}: name a run of greg.py train, or weights") from e
     return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
 
@@ -1915,8 +1902,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         return run
     row = log(run, {"epoch": 0})
     if c.margins and aux:
-        # The start's mean scores, as the energy authors advise; where the auxiliary one is not
-        # higher by the paper's ratio of -25 to -7, that ratio.
+        # The start's means, as the energy authors advise, m_aux at least the paper's ratio up.
         m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
         m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
@@ -1956,10 +1942,9 @@ def _leave_signals(worker):
 
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process.
-
-    A function of (seed, epoch, step, rank), which workers and stops do not change: the epoch's
-    images are cut into a part for each step and process; if a sampler picks, the whole aux set's.
+    """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
+    function of (seed, epoch, step, rank), which workers and stops do not change. The images of the
+    epoch (if a sampler picks, of the whole auxiliary set) are cut into a part a step and process.
     """
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
@@ -2017,8 +2002,7 @@ def train_epoch(run: Run) -> None:
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g)
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
-        # The penalty every n-th step with n-fold weight has the same gradient on average, from
-        # n times fewer, n times larger terms ("lazy regularisation", Karras et al. 2020).
+        # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
         lambda_grad /= ranks if c.reduction == "released" else 1  # / N with the N of all ranks
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
@@ -2114,12 +2098,10 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
 
 # ---- The same step, faster, and over several processes: none of it is in the paper.
 class FastDoubleBackward(TorchFunctionMode):
-    """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding.
-
+    """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding:
     PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
     kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True
-    gives the gradient at images alone; outside, it is a RuntimeError.
-    """
+    gives the gradient at images alone; outside, it is a RuntimeError."""
 
     over = False
 
@@ -2179,13 +2161,18 @@ def _conv2d(x, weight, bias=None, *options, **other):
     return 2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
 
 
-def _batch_norm(x, m, v, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # momentum, eps
     fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
     if not fits or weight.grad_fn or x.numel() == x.shape[1]:
         return None
-    backward = _batch_norm_backward, _BatchNormBackward.apply  # of the loss, of ∇S
-    forward = lambda *of: torch.native_batch_norm(*of, m, v, True, momentum, eps)  # noqa: E731
-    return 2, forward, lambda taking, *saved: backward[taking](*saved), x, weight, bias
+
+    def backward(taking, *saved):
+        if not taking:
+            return _batch_norm_backward(*saved)
+        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice
+        return _Fast.apply(*rule, *saved), None, None  # at x alone
+
+    return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
 
 
 def _batch_norm_backward(g, x, w, mean, r, at_all=True):
@@ -2194,34 +2181,22 @@ def _batch_norm_backward(g, x, w, mean, r, at_all=True):
     return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
 
 
-class _BatchNormBackward(torch.autograd.Function):
-    """The gradient w r P(g) of batch norm, y = w x̂ + b with x̂ = (x - mean(x)) r, and that of it.
-
+@torch.autograd.function.once_differentiable
+def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
+    """The gradients of w r P(g), which is that of batch norm, y = w x̂ + b, x̂ = (x - mean(x)) r:
     Let v be what arrives for w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
     q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
-    arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x.
-    """
-
-    @staticmethod
-    def forward(ctx, g, *saved):
-        at_x, *sums = _batch_norm_backward(g, *saved)
-        ctx.save_for_backward(g, *saved, *sums)
-        return at_x, None, None
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, v, *_):
-        g, x, w, mean, r, b, a = ctx.saved_tensors
-        at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
-        m, one = x.numel() // len(w), torch.ones_like(r)
-        vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
-        a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
-        q = vg - a * d - b * c
-        slope = (q - 2 * b * c) * r
-        shift = -(c * a + b * d + slope * mean)
-        shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
-        at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
-        return at_g, at_x.to(x.dtype), m * r * q, None, None
+    arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x."""
+    at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
+    m, one = x.numel() // len(w), torch.ones_like(r)
+    vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
+    a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
+    q = vg - a * d - b * c
+    slope = (q - 2 * b * c) * r
+    shift = -(c * a + b * d + slope * mean)
+    shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
+    at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
+    return at_g, at_x.to(x.dtype), m * r * q, None, None
 
 
 def shared(t: Tensor) -> Tensor:
@@ -2255,10 +2230,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def evaluate(
     net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean.
-
-    Beside these the mean ‖∇S‖ of 1,000 images a set (S of all outputs); raw scores by "score/set".
-    """
+    """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean;
+    the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And the raw scores, by "score/set"."""
     (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
     fit = Fit(post_hoc(c.id, c.arch, K), std)
 
@@ -2385,21 +2358,18 @@ def certify_report(
     alpha: float = 0.001, local: bool = True, gamma: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
-
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
     an error without a local one); "smoothed" (n > 0): the detector of medians under noise with its
-    own threshold, probability 1 - alpha an input; "id_rejected": ID attacked above gamma (x_in's).
-    """
+    own threshold, probability 1-alpha an input; "id_rejected": ID attacked above gamma (x_in's)."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
     smoothed_radius(torch.zeros(1, n or 10**4), 0.0, sigma, alpha)  # raises for too few draws
     g = rng(x_in.device, "certificates")
 
-    @torch.no_grad()
     def score(x, net=net):
-        return energy_score(net(x))
+        return energy_score(net(x)).detach()
 
     def over(f, x, *args):
         parts = bar(x.split(4 if x.is_cpu else CHUNK), f.__name__)  # a CPU is slow: the time left
@@ -2472,10 +2442,8 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
-    """A table for each ID data and choice of OOD sets, a row a method, or set of its options.
-
-    Runs that differ in seed alone (and what follows from it) are one row, the last of each seed.
-    """
+    """A table for each ID data and choice of OOD sets, a row a method, or set of its options. Runs
+    that differ in seed alone (and what follows from it) are one row, the last of each seed."""
     text, tables = "", {}
     for r in results:
         c = saved_config(r["config"], run=False)
@@ -2657,9 +2625,7 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
         score = results["score"] if results["score"] in scores else scores[0]
         arrays = read_arrays(folder / "scores.npz")
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
-        edges = torch.histogram(torch.cat([*sets.values()]), 80).bin_edges
-        for name, s in sets.items():
-            panel.hist(s, edges, density=True, label=name, histtype="step", fill=name == "id")
+        panel.hist([*sets.values()], 80, density=True, label=[*sets], histtype="step")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
         panel.set(title=str(folder), xlabel="score S (low: ID)", ylabel="density")
         panel.legend(fontsize=7)
@@ -2702,11 +2668,9 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
 
 
 def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> dict[float, dict]:
-    """Figure 1, left, as an experiment: S on the plane, γ, certified balls, attacks (dotted).
-
-    Draws `path`; returns, for either λ_∇S, FPR95, γ, and of each side mean ‖∇S‖ and the medians of
-    certified radius, attack distance, and their ratio for each bound (1 would be exact).
-    """
+    """Figure 1, left, as an experiment: S on the plane, γ, certified balls, attacks (dotted). Draws
+    `path`; returns, for either λ_∇S, FPR95, γ, and of each side mean ‖∇S‖ and the medians of
+    certified radius, attack distance, and their ratio for each bound (1 would be exact)."""
     from matplotlib.patches import Circle
 
     (figure, axes), results = grid(2, 4.75, 4.4), {}
