@@ -521,7 +521,7 @@ _OPTIONS |= {"dilation": 1, "groups": 1, "affine": True, "output_size": 1}
 
 def _demand(m, known):
     if not known:
-        raise NotImplementedError(f"no certificate for {type(m).__name__} as it is used here")
+        raise NotImplementedError(f"no rule of this bound for {type(m).__name__} as used here")
 
 
 def _exact(net, x, *also):
@@ -2987,7 +2987,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("GREG_DEBUG"):
             raise
         reason, code = " ".join(str(e).split())[:600], 2
-        if not isinstance(e, (ValueError, OSError, FloatingPointError, ImportError)):
+        known = ValueError, OSError, FloatingPointError, ImportError, NotImplementedError
+        if not isinstance(e, known):
             reason = f"{type(e).__name__}: {reason} (GREG_DEBUG=1 shows where)"
     finally:
         if world()[1] > 1:
