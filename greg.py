@@ -85,7 +85,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels: as Residual, but joined, and with no other shortcut."""
+    """x -> [x, body(x)] along the channels: a Residual that joins its identity shortcut."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -213,7 +213,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         {k: v for k, v in d.items() if isinstance(v, Tensor) and not k.endswith("batches_tracked")}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
-    # The network is all of the file, or its submodules of our names, or one submodule of it.
+    # All top-level parts of the file, or those that we have too, or any one: which has our count?
     top = {k: k.partition(".")[0] for k in (*ours, *theirs)}
     top_names = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
     fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
@@ -223,13 +223,13 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
         raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
     pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
-    if not all(a.endswith(b) for b, a in pairs.items()):  # other names: by position
+    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
         pairs = dict(zip(ours, fits[0], strict=True))
-    for b, a in pairs.items():
-        if a.rpartition(".")[2] != b.rpartition(".")[2] or theirs[a].shape != ours[b].shape:
-            shapes = f"{list(theirs[a].shape)} where the network has {b} {list(ours[b].shape)}"
-            raise ValueError(f"{path} is of another network or class count: {a} {shapes}")
-    net.load_state_dict({b: theirs[a] for b, a in pairs.items()}, strict=False)
+    for own, its in pairs.items():
+        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
+            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
+            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
+    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)
     return net
 
 
@@ -254,8 +254,8 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
-    In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm makes each score depend on each x:
-    the mask on s keeps masked scores out, that on norms masked rows. ValueError: gradients off.
+    In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm lets s_j depend on x_i: the mask on
+    s drops masked j, that on norms masked i. s may be [N,1]. ValueError: gradients off.
     """
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
@@ -304,7 +304,7 @@ def greg_loss(
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
     for m in net.modules() if lambda_grad else ():
-        if any(getattr(owner, mark, None) for owner in (m, m.forward) for mark in marks):
+        if any(getattr(o, mark, None) for o in (m, getattr(m, "forward", 0)) for mark in marks):
             need = "no part may be compiled, nor DistributedDataParallel have static_graph=True"
             raise ValueError(f"{type(m).__name__} would lose derivatives of Eq. (3): {need}")
     n, x = len(x_in), torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
@@ -359,6 +359,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         yield net.eval()
     finally:
         for m, training in modes:
+            m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
             m.training = training
 
 
@@ -372,7 +373,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
     for _, z, given in caught:
-        if given is f and f.dim() == 2:  # the very tensor: nothing came after
+        if z and given is f and f.dim() == 2:  # the very tensor: nothing came after
             return z[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -405,7 +406,7 @@ def kmeans(
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break  # the last pass only assigns
                 old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
-                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # in fixed order
+                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # cluster means
                 c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
                 moved = (c - old).square().sum()
             runs.append((distance.sum().item(), labels, c))
@@ -435,7 +436,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
     the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
-    has one member, a random candidate completes the number. ValueError: too few, or a NaN score.
+    has one member or none, random candidates fill in. ValueError: too few, or a NaN score.
     """
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
@@ -449,7 +450,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         ranked = order[labels[order] == j]  # line 5: I, by score
         chosen[ranked[[*ends]]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
-    return (lottery + 2 * chosen).topk(n).indices  # line 8: the union, made up
+    return (lottery + 2 * chosen).topk(n).indices  # line 8: all chosen (>= 2), then by lottery
 
 
 def dos_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None) -> Tensor:
@@ -461,7 +462,7 @@ def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): the n samples of lowest score, p_{K+1}, after a share q of all."""
     first = int(q * len(s))
     if s.dim() != 1 or first + n > len(s) or s.isnan().any():
-        raise ValueError(f"NTOM takes {n} scores [N] after the first {first}, got {list(s.shape)}")
+        raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # not the hardest first
 
 
@@ -510,7 +511,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     return radius
 
 
-# Types of layers that have a rule, and the options (or pairs of them) for which it holds.
+# Types of layers that have a rule, and the value each option must have (alone or as a pair).
 _DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
 _KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
 _KNOWN = *_KNOWN, nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
@@ -521,7 +522,7 @@ _OPTIONS |= {"dilation": 1, "groups": 1, "affine": True, "output_size": 1}
 
 def _demand(m, known):
     if not known:
-        raise NotImplementedError(f"no rule of this bound for {type(m).__name__} as used here")
+        raise NotImplementedError(f"no rule for {type(m).__name__} with these options or hooks")
 
 
 def _exact(net, x, *also):
@@ -600,10 +601,10 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """The w [C] after `net` on x with which the map so far is diag(w) · g, g 1-Lipschitz.
+    """w' [C]: the map is diag(w) · g before `net`, g 1-Lipschitz, and diag(w') · g' after it.
 
-    ReLU, diagonal too, leaves w as it is: that makes the bound tight. Two branches' g and g' join
-    as (g / t, g' / t'), 1-Lipschitz for 1/t² + 1/t'² = 1, any such ratio, and w, w' take up t, t'.
+    ReLU, diagonal too, leaves w as it is: that makes the bound tight. Two branches' g and h join as
+    (g / t, h / u), 1-Lipschitz for any t, u with 1/t² + 1/u² = 1, which the w of each takes up.
     """
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
@@ -734,14 +735,14 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    c, r, axes = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
+    c, r, squares = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
     ends = x, r
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes √axes
-        c, r, axes = m(c), _linear(m, r, torch.abs), _linear(m, axes, torch.square)
+        m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes eps √squares
+        c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
         if type(m) in (nn.Conv2d, nn.Linear):  # after one of these its box is exact, not further
             break
-    r = r + eps.view(-1, *[1] * (c.dim() - 1)) * axes.sqrt()
+    r = r + eps.view(-1, *[1] * (c.dim() - 1)) * squares.sqrt()
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs)
     low, high = (c - r).detach(), (c + r).detach()
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)
@@ -811,11 +812,11 @@ def attack(
     net: nn.Module, x: Tensor, gamma: float, eps: float | Tensor, steps=20, restarts=2,
     clamp: tuple[float, float] = (-math.inf, math.inf), generator: Rng = None,
 ) -> Attack:  # fmt: skip
-    """Projected gradients on S toward the wrong side of γ within eps (ℓ2): verified flips only.
+    """Projected gradients on S toward the wrong side of γ within eps (ℓ2): the worst x' found.
 
-    γ = -inf lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps
-    shrink from eps / 2, every other time from 2 eps. An x' counts if it is within eps once rounded;
-    clamp=(0, 1) keeps images images. Failure proves nothing. ValueError: odd eps or γ, training.
+    Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
+    lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps begin at
+    eps / 2, every other time at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, γ, S.
     """
     x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
     bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
@@ -823,6 +824,8 @@ def attack(
         raise ValueError("attacks need 0 <= eps < inf, γ, steps, restarts >= 1, and net.eval()")
     limit = (eps * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), torch.zeros_like(eps)
+    if s_worst.isnan().any():
+        raise ValueError("S(x) is NaN: nothing to attack")
     sign = torch.where(s_worst > gamma, -1.0, 1.0)
     for restart in range(restarts):
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
@@ -942,7 +945,7 @@ def post_hoc(id_data: str, arch: str, K: int) -> PostHoc:
     return POST_HOC.get((known, arch), POST_HOC[known])
 
 
-# The K-class head W [K,d], b [K], and what ReAct (clip), DICE (mask), LINe (masks) learn of it.
+# PostHoc p, std of pixels, K-class head W, b; and, fitted: clip (ReAct), mask (DICE), masks (LINe).
 Fit = namedtuple("Fit", "p std W b clip mask masks", defaults=[None] * 5)
 
 
@@ -1092,7 +1095,7 @@ def bar(items: Any, what: str, **options: Any) -> Any:
         while shown:
             time.sleep(0.5)
             with tqdm.get_lock():
-                # Without its delay close() erases what is drawn here; update() gives None.
+                # delay=0: close() then erases this. update() is None; refresh() too, once closed.
                 shown = any(vars(it).update(delay=0) or it.refresh(nolock=True) for it in bars)
 
     if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
@@ -1231,12 +1234,13 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), set(), []
+    known = {*Image.OPEN} - {"HDF5", "MPEG"}  # stubs, which open and never decode
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = os.path.realpath(at) not in seen  # links can go in circles
         seen.add(os.path.realpath(at))
         folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
-    files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in Image.OPEN)
+    files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
     if other := sorted({*paths} - {*files}):
         remark(f"{folder}: left out {len(other)} that are no images: {other[0]} …")
     if not files:
@@ -1280,8 +1284,8 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 
 class Files(torch.utils.data.Dataset):
-    """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set; x[i, seed] a random
-    crop and flip [1,s,s,3], x[[(i, seed), ...]] a batch; errors are returned, for `batches`."""
+    """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
+    a batch [n,s,s,3], of each image a random crop and flip. Raises as `open_image`."""
 
     dtype = torch.uint8
 
@@ -1297,19 +1301,15 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index: Any) -> Any:
         from torchvision import transforms as T
 
-        if isinstance(index, list):
-            crops = [self[pair] for pair in index]
-            return next((c for c in crops if isinstance(c, Exception)), None) or torch.cat(crops)
-        if not isinstance(index, tuple):
-            return Files(self.files[index], self.shape[1])
+        if not isinstance(index, list):
+            return Files(self.files[torch.arange(len(self))[index].tolist()], self.shape[1])
         crop = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
-        try:
-            image = open_image(os.fsdecode(self.files[index[0]]))
-        except (ValueError, OSError) as e:
-            return e
+        crops = []
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(index[1])
-            return T.Compose(crop)(image).permute(1, 2, 0)[None].contiguous()
+            for i, seed in index:
+                torch.default_generator.manual_seed(seed)
+                crops.append(T.Compose(crop)(open_image(os.fsdecode(self.files[i]))))
+        return torch.stack(crops).permute(0, 2, 3, 1).contiguous()
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -1354,18 +1354,18 @@ def published(name: str, root: str | Path, download: bool) -> Any:
     first process fetches it, only if asked, md5 checked. FileNotFoundError if not there whole."""
     from torchvision import datasets
 
-    def get(download):
+    def get(fetching):
         if name not in SOURCES:
             parts = ("test",) if name == "svhn" else (True, False)
-            return [getattr(datasets, name.upper())(str(root), p, download=download) for p in parts]
+            return [getattr(datasets, name.upper())(str(root), p, download=fetching) for p in parts]
         url, md5, target, _ = SOURCES[name]
         path, file, web = Path(root, target), Path(url.partition("?")[0]).name, datasets.utils
         md5 = None if md5 == "-" else md5
-        if download and not path.exists():
+        if fetching and not path.exists():
             fetch = web.download_url if target == file else web.download_and_extract_archive
             fetch(url, str(root), filename=file, md5=md5)
         if not path.is_dir() and not web.check_integrity(path, md5):
-            raise OSError(f"no {path}, of {url}, or damaged: delete it")
+            raise OSError(f"{path}, of {url}, is absent, or damaged: then delete it")
         return path
 
     try:
@@ -1415,7 +1415,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
             raise ValueError(f"{path} has {[*arrays]} and needs numbers in {', '.join(missing)}")
         x, y, x_test, y_test = (arrays[k] for k in keys)
         names = tuple(str(c) for c in range(len(y.unique())))
-        sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, 0, 0)[2]
+        sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, size, size)[2]
     return check_set(sets[0], size, f"{name}, train,"), check_set(sets[1], size, f"{name}, test,")
 
 
@@ -1430,7 +1430,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
-    if isinstance(where, list):  # SVHN
+    if isinstance(where, list):  # SVHN, all 26,032 images of its test set
         return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
     if where.is_dir():
         files = image_files(where)
@@ -1549,7 +1549,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: dos_sampling(z, absent(f), k, g))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
-METHODS = {
+METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, prepare
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
     "energy": Method(energy_loss),
     "greg": Method(energy_loss, gradient=energy_score),
@@ -1577,7 +1577,7 @@ RECIPES = {
     "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
     "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
 }
-WHERE = ("ood", "root", "download", "workers", "candidate_chunk")  # may differ when a run goes on
+WHERE = ("ood", "root", "download", "workers")  # may differ when a run goes on
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -1604,7 +1604,6 @@ class Config:
     candidates: int = option(6, "least auxiliary candidates for each ID image when sampling")
     aux_epoch: int = option(600_000, "auxiliary images an epoch when sampling, all if fewer")
     n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
-    n_aux: int = option(0, "cut the auxiliary set to its first N images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
     m_aux: float = option(-7.0, "margin of auxiliary scores, Eqs. (1) and (3)")
@@ -1622,7 +1621,6 @@ class Config:
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
     workers: int = option(4, "processes that decode")
-    candidate_chunk: int = option(512, "most candidates in one forward")
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
@@ -1647,27 +1645,27 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
-    own = "" if kind == "imagenet" == c.aux else c.aux  # of imagenet:CLASSES, their rest
+    own = "" if (kind, c.aux) == ("imagenet", "imagenet") else c.aux  # then the rest of --id's
     builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
     if not theirs and init not in ("", "torchvision"):
         theirs = stored(init).get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
-    positive = "epochs lr batch size candidates grad_every candidate_chunk".split()
+    positive = "epochs lr batch size candidates grad_every".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
-    low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
-    no_score = method.score not in SCORES or (method.score == "absent") > method.extra_class
+    low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
+    no_score = method.score not in SCORES or (method.score == "absent" and not method.extra_class)
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    twice = kind == "imagenet" and c.aux.startswith("imagenet") and c.aux != c.id
+    same = one_spelling(c.aux) == one_spelling(c.id)  # right for ImageNet alone: the other classes
+    imagenet = kind == c.aux[:8] == "imagenet"
     for wrong, text in (
-        (low, f"--{' --'.join(low)} too small, or no number"),
+        (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
         (theirs not in (None, stats), f"--stats {stats}: {init} was trained with {theirs}"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < least, f"--candidates must be at least {least}"),
-        (c.size < 32 and c.arch == "densenet121", "densenet121 needs --size 32 or more"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
-        (twice, f"--aux {c.aux} has classes of --id {c.id}: leave --aux out"),
+        (same != imagenet and kind != "synthetic", f"--aux {c.aux} is of --id: leave --aux out"),
         (no_score, f"METHODS: no score {method.score!r}, or absent without extra_class=True"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
     ):
@@ -1718,7 +1716,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
 
 
 def stored(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's folder or file; {} of other files."""
+    """The checkpoint of a run's folder or file; {} of other files of tensors."""
     try:
         state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
     except FileNotFoundError as e:
@@ -1736,6 +1734,8 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
 
 def one_spelling(spec: Any) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
+    if spec in (*STATS, "synthetic", "random300k"):  # which are not ./synthetic, ...
+        return spec
     name, equals, path = str(spec).rpartition("=")
     return name + equals + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
 
@@ -1780,6 +1780,8 @@ def interrupts(run: Run) -> Iterator[None]:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before.callback(signal.signal, number, signal.signal(number, stop))
         yield
+    if run.stopped_by:  # it came after the last step
+        raise SystemExit(128 + run.stopped_by)
 
 
 @contextlib.contextmanager
@@ -1807,7 +1809,7 @@ def network(arch: str, K: int, seed: int = 0) -> Net:
         return ARCHS[arch](K)
 
 
-def build(c: Config, classes: Sequence[str]) -> Net:
+def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
     K = len(classes)
     net = network(c.arch, K + METHODS[c.method].extra_class, c.seed)
@@ -1819,6 +1821,8 @@ def build(c: Config, classes: Sequence[str]) -> Net:
         check_classes(saved, classes, c.init)
         if saved and "gamma" not in saved:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
+        if (trained := saved.get("size", size)) != size:
+            remark(f"warning: {c.init} was trained on images of {trained}×{trained}, not {size}")
         start = load_weights(network(c.arch, K), Path(c.init).expanduser(), saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
@@ -1878,7 +1882,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
-    net = build(replace(c, init="") if begun else c, ids.classes).to(device)
+    net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
     for m in net.modules():
         if c.sync_bn and ranks > 1 and type(m) is nn.BatchNorm2d:
             m.__class__ = SyncBatchNorm2d
@@ -1950,7 +1954,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
 
-    def cut(order, n):  # n images in m parts, those of this process
+    def cut(order, n):  # this process's parts of the n first of `order`, repeated where it is short
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
@@ -1962,8 +1966,6 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
-            if isinstance(x, Exception):
-                raise copy.copy(x)  # x itself would keep this frame, and the bar, alive
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
@@ -1998,7 +2000,7 @@ def train_epoch(run: Run) -> None:
     for x_in, y_in, x_aux in batches(run):
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
         if method.sampler.pick:  # Algorithm 1
-            z, f = embed(run.net, x_aux, c.amp, c.candidate_chunk)
+            z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g)
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
@@ -2062,8 +2064,8 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
     if c.init and fell > 0.1:
         remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
     if method.gradient and c.lambda_grad and max(row["share_in"], row["share_aux"]) < 0.02:
-        where = f"S is {row['probe_s_in']:.1f} on ID, {row['probe_s_aux']:.1f} on auxiliary images"
-        remark(f"warning: the gradient term is off, for mean {where}{how}")
+        s = f"{row['probe_s_in']:.1f} on ID, {row['probe_s_aux']:.1f} on auxiliary images"
+        remark(f"warning: the gradient term is off; the mean energy score is {s}{how}")
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
@@ -2111,12 +2113,12 @@ class FastDoubleBackward(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
-        rules = faster and faster(*args, **kwargs or {})
+        rules = faster and faster(*args, **kwargs or {})  # kept, forward, backward, *inputs
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
 class _Fast(torch.autograd.Function):
-    """y, *more = forward(*inputs); gradients by backward(taking, ∂y, inputs[:kept], more)."""
+    """y, *more = forward(*inputs), and backward(is ∇S taken?, ∂y, *inputs[:kept], *more)."""
 
     @staticmethod
     def forward(ctx, mode, kept, forward, backward, *inputs):
@@ -2169,7 +2171,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
     def backward(taking, *saved):
         if not taking:
             return _batch_norm_backward(*saved)
-        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice
+        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # a class: never over
         return _Fast.apply(*rule, *saved), None, None  # at x alone
 
     return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
@@ -2242,7 +2244,7 @@ def evaluate(
     net.eval()
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
-        fit = fit_scores(net, z, train_set.y.to(z.device), *fit[:2], K)
+        fit = fit_scores(net, z, train_set.y.to(z.device), fit.p, fit.std, K)
     for key, images in {"id": test_set, **ood}.items():
         rows = []
         for x in parts(images, f"score {key}"):
@@ -2279,11 +2281,11 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
-    folder, device = Path(folder).expanduser(), torch.device(device)
-    done, file, init = read_results(folder), folder / "checkpoint.pt", Path(config.init)
-    gone = not init.expanduser().exists()  # then the run itself tells its start's normalisation
+    folder, init = Path(folder).expanduser(), Path(config.init).expanduser()
+    done, file, device = read_results(folder), folder / "checkpoint.pt", torch.device(device)
+    gone = not (init / "checkpoint.pt" if config.init and init.is_dir() else init).exists()
     begun = (done or (stored(file) if file.exists() else {})) if gone else {}
-    c = resolve(config, begun.get("config", {}).get("stats"))
+    c = resolve(config, begun.get("config", {}).get("stats"))  # the start's, as the run has it
     if done:
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
@@ -2296,7 +2298,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
         raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
     with alone(folder):
-        run = start(c, folder, device, train_set, aux and aux.take(slice(c.n_aux or None)))
+        run = start(c, folder, device, train_set, aux)
         with interrupts(run):
             while run.epoch < c.epochs:
                 train_epoch(run)
@@ -2366,14 +2368,13 @@ def certify_report(
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
     smoothed_radius(torch.zeros(1, n or 10**4), 0.0, sigma, alpha)  # raises for too few draws
-    g = rng(x_in.device, "certificates")
+    g, lipschitz, exact = rng(x_in.device, "certificates"), None, copy.deepcopy(net).double()
 
     def score(x, net=net):
         return energy_score(net(x)).detach()
 
     def over(f, x, *args):
-        parts = bar(x.split(4 if x.is_cpu else CHUNK), f.__name__)  # a CPU is slow: the time left
-        return torch.cat([f(part, *args) for part in parts])
+        return torch.cat([f(part, *args) for part in bar(x.split(CHUNK), f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
@@ -2388,7 +2389,7 @@ def certify_report(
     def metrics(s, s_in):
         return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
 
-    kinds, lipschitz, exact = {"attacked": attacked}, None, copy.deepcopy(net).double()
+    kinds = {"attacked": attacked}
     with contextlib.suppress(NotImplementedError), bar(None, "global bound", total=1):
         lipschitz = lipschitz_global(net, x_in.shape[1:])
         kinds["certified"] = certified
@@ -2444,14 +2445,14 @@ def mean_std(values: Sequence[float]) -> str:
 def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
     """A table for each ID data and choice of OOD sets, a row a method, or set of its options. Runs
     that differ in seed alone (and what follows from it) are one row, the last of each seed."""
-    text, tables = "", {}
+    text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
         c = saved_config(r["config"], run=False)
         free = ("seed", *WHERE, *(("m_in", "m_aux") if c.margins else ()))
         start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
         paths = tuple(sorted(one_spelling(v) for v in c.ood if "=" in v))
-        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # no shares: see mean_std
+        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # mean_std multiplies
         for score, sets in r["metrics"].items():
             name = c.method + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
@@ -2550,9 +2551,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
-    missing = sum(cell.startswith("not run") for row in rows for cell in row)
-    text = f"Ours in %, mean ± std over seeds (the paper's Table {number}); "
-    text += f"{missing} of {len(rows) * len(columns)} cells not run.\n"
+    text = f"Ours in %, mean ± std over seeds (the paper's Table {number}).\n"
     return f"{table(header, rows)}\n{text}{''.join(sorted(notes))}"
 
 
@@ -2592,15 +2591,6 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
         if lines:
             panel.legend(fontsize=7)
     figure.savefig(path, dpi=150)
-
-
-def figure_certificates(report: dict[str, Any], path: Path) -> None:
-    """FPR95 over ε, a panel for each OOD set: each kind where it says something."""
-    panels = {}
-    for name, rows in report["sets"].items():
-        lines = {k: [(e, 100 * row[k]["fpr95"]) for e, row in rows.items()] for k in rows[0.0]}
-        panels[name] = {k: v for k, v in lines.items() if any(y < 100 for eps, y in v if eps)}
-    curves(panels, path, "ℓ2 ε in [0,1] pixels", "FPR95 in %")
 
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
@@ -2741,8 +2731,9 @@ def command_demo(args: argparse.Namespace) -> None:
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
-        options = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
-        c = Config(method, id="synthetic", arch="wrn10_1", batch=32, seed=seed, **options)
+        more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
+        more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
+        c = Config(method, id="synthetic", seed=seed, **more)
         r = train(c, folder, args.device)
         report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)
         hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
@@ -2772,7 +2763,7 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     state = stored(source) if source else {}
     if (args.run and args.weights) or not (state or args.weights):
-        need = "name a run, before the options, or --weights FILE, --arch and --id"
+        need = "name a run, before the options, or else --weights FILE, --arch and --id"
         raise ValueError(f"{need}, not {source}" if source else need)
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
@@ -2823,6 +2814,8 @@ def command_predict(args: argparse.Namespace) -> int:
 def command_table(args: argparse.Namespace) -> None:
     """run what a table of the paper needs, and print it; or print all finished runs"""
     if args.number is None:
+        if chosen(args) or args.methods or args.archs or args.dry_run:
+            raise ValueError("options choose among the runs of a table: name its number, 1 to 6")
         results = [read_results(p.parent) for p in sorted(args.runs.rglob("results.json"))]
         if not results:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
@@ -2839,9 +2832,11 @@ def command_table(args: argparse.Namespace) -> None:
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
-        elif not args.read or read_results(folder):
+        elif not args.read or (done := read_results(folder)):
             if not args.read:
                 remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
+            elif Path(c.init).parts[-4:] == Path(done["config"]["init"]).parts[-4:]:
+                c = replace(c, init=done["config"]["init"])  # the folder of all runs has moved
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if args.dry_run:
         return
@@ -2853,21 +2848,25 @@ def command_table(args: argparse.Namespace) -> None:
 
 def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
-    folder = args.out or args.run
-    (args.out or Path()).mkdir(parents=True, exist_ok=True)
+    stored(args.run)  # raises for none, before a folder is made
+    folder = args.out or (args.run.parent if args.run.is_file() else args.run)
     options = {"epsilons": args.eps, "sigma": args.sigma, "n": args.draws, "local": args.local}
-    report, lines = certify_run(args.run, args.device, args.images, chosen(args), **options), []
+    with alone(folder):
+        report = certify_run(args.run, args.device, args.images, chosen(args), **options)
+    cells, panels = [], {}
     for name, rows in report["sets"].items():
+        lines = {k: [(e, 100 * row[k]["fpr95"]) for e, row in rows.items()] for k in rows[0.0]}
+        panels[name] = {k: v for k, v in lines.items() if any(y < 100 for eps, y in v if eps)}
         for eps, row in rows.items():
-            cells = (" / ".join(f"{100 * v:.1f}" for v in cell.values()) for cell in row.values())
-            lines.append([name, f"{eps:g}", *cells])
-    say(shown(["OOD set", "ℓ2 ε", *row], lines))
+            pairs = (" / ".join(f"{100 * v:.1f}" for v in pair.values()) for pair in row.values())
+            cells.append([name, f"{eps:g}", *pairs])
+    say(shown(["OOD set", "ℓ2 ε", *row], cells))
     rejected = ", ".join(f"{100 * v:.1f} at {eps:g}" for eps, v in report["id_rejected"].items())
     say(f"FPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.")
     if "certified" not in row:
         say("No deterministic certificate: the network has layers without a rule.")
     write_atomically(folder / "certificates.json", json.dumps(report, indent=1, allow_nan=False))
-    figure_certificates(report, folder / "certificates.png")
+    curves(panels, folder / "certificates.png", "ℓ2 ε in [0,1] pixels", "FPR95 in %")
     say(f"{folder}: certificates.json, certificates.png")
 
 
@@ -2883,7 +2882,7 @@ def command_figure(args: argparse.Namespace) -> None:
     of_runs = args.which in ("3", "scores")
     if of_runs and not args.folders:
         raise ValueError(f"figure {args.which} is drawn from run folders: name them")
-    if rows := draw[args.which](*[args.folders] * of_runs, out):
+    if rows := draw[args.which](*([args.folders] if of_runs else []), out):
         lines = [[key, *(f"{row[key]:.3g}" for row in rows.values())] for key in rows[0.0]]
         say(shown(["", *(f"λ_∇S = {v:g}" for v in rows)], lines))
     say(str(out))
@@ -2986,7 +2985,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("GREG_DEBUG"):
             raise
-        reason, code = " ".join(str(e).split())[:600], 2
+        text = str(e).splitlines()[-1] if "Original Traceback" in str(e) else str(e)  # a worker's
+        reason, code = " ".join(text.split())[:600], 2
         known = ValueError, OSError, FloatingPointError, ImportError, NotImplementedError
         if not isinstance(e, known):
             reason = f"{type(e).__name__}: {reason} (GREG_DEBUG=1 shows where)"

@@ -33,6 +33,8 @@ examples:
 EOT
 }
 
+words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on however many lines
+
 find_python() { # a Python with torch: the caller's, ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
   local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
@@ -63,21 +65,21 @@ if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(fi
 runs=${RUNS:-runs}
 
 if [[ $job == demo ]]; then
-  read -ra seeds <<<"${SEEDS:-0}"
+  words seeds "${SEEDS:-0}"
   run "$python" "$here/greg.py" demo --runs "$runs" --seeds "${seeds[@]}"
   exit 0
 fi
 
 case $job in cifar10) number=1 ;; cifar100) number=2 ;; *) number=$job ;; esac
-read -ra archs <<<"${ARCHS:-}"
-read -ra methods <<<"${METHODS:-}"
-read -ra seeds <<<"${SEEDS:-0 1 2}"
-if [[ ${OOD:-} == *,* ]]; then IFS=, read -ra ood <<<"$OOD"; else read -ra ood <<<"${OOD:-}"; fi
-read -ra extra <<<"${EXTRA:-}"
+words archs "${ARCHS:-}"
+words methods "${METHODS:-}"
+words seeds "${SEEDS:-0 1 2}"
+if [[ ${OOD:-} == *,* ]]; then IFS=$',\n' words ood "$OOD"; else words ood "${OOD:-}"; fi
+words extra "${EXTRA:-}"
 options=(--runs "$runs" --root "${ROOT:-data}" --seeds "${seeds[@]}")
 [[ -z ${ID:-} ]] || options+=(--id "$ID")
 [[ -z ${AUX:-} ]] || options+=(--aux "$AUX")
-[[ -z ${DOWNLOAD:-} ]] || options+=(--download)
+[[ ${DOWNLOAD:-} != 1 ]] || options+=(--download)
 [[ ${#archs[@]} -eq 0 ]] || options+=(--archs "${archs[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")

@@ -33,6 +33,8 @@ examples:
 EOT
 }
 
+words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on however many lines
+
 find_python() { # a Python with torch: ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
   local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
@@ -59,16 +61,16 @@ if [[ -n ${IMAGENET:-} && -z $dry_run && ! $IMAGENET -ef $root/imagenet ]]; then
 fi
 if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
 
-read -ra archs <<<"${ARCHS:-}"
-read -ra methods <<<"${METHODS:-}"
-read -ra seeds <<<"${SEEDS:-0 1 2}"
-if [[ ${OOD:-} == *,* ]]; then IFS=, read -ra ood <<<"$OOD"; else read -ra ood <<<"${OOD:-}"; fi
-read -ra extra <<<"${EXTRA:-}"
+words archs "${ARCHS:-}"
+words methods "${METHODS:-}"
+words seeds "${SEEDS:-0 1 2}"
+if [[ ${OOD:-} == *,* ]]; then IFS=$',\n' words ood "$OOD"; else words ood "${OOD:-}"; fi
+words extra "${EXTRA:-}"
 launch=("$python")
 [[ $gpus == 1 ]] || launch+=(-m torch.distributed.run --standalone --nproc_per_node="$gpus")
 options=(--runs "${RUNS:-runs}" --root "$root" --seeds "${seeds[@]}" --workers "${WORKERS:-4}")
 [[ -z ${CLASSES:-} ]] || options+=(--id "imagenet:$CLASSES")
-[[ -z ${DOWNLOAD:-} ]] || options+=(--download)
+[[ ${DOWNLOAD:-} != 1 ]] || options+=(--download)
 [[ ${#archs[@]} -eq 0 ]] || options+=(--archs "${archs[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
