@@ -259,7 +259,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
-    keep = torch.ones_like(s) if mask is None else mask.to(s.dtype)
+    keep = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True, allow_unused=True)
     if g is None:
         raise ValueError("s does not depend on x: is part of the network under torch.no_grad()?")
@@ -365,7 +365,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d] and f(x) [N,K] of any network: what its last linear layer takes and gives. f
-    is read as in `greg_loss`. ValueError if the network changes what a linear layer gave."""
+    is read as in `greg_loss`. ValueError if the network changes (not in place) what that gave."""
     caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
     with contextlib.ExitStack() as hooks:
         for m in linear:
@@ -485,7 +485,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 
 # ==================================================================================================
 # 4  Certificates (Section 5, Eq. (4))
-# Needs: Net, Residual, Concat, Normalize (1), energy_score (2)
+# Needs: Net, Residual, Concat, Normalize (1), energy_score (2), and SciPy for smoothing.
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
 # in the units of its input. All is in float64, norms are rounded up and, by `certify`, radii down
@@ -722,7 +722,7 @@ class _Gate(torch.autograd.Function):
         return (a + b) / 2, (b - a) / 2
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, whatever the caller's mode
 def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
 
@@ -730,9 +730,9 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0: the paper's argument as a
     theorem. Infinite where intervals overflow, as in deep networks.
     """
-    x = x.detach().double().requires_grad_()
+    x = x.clone().detach().double().requires_grad_()
     layers = _layers(_exact(net, x))
-    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).expand(len(x))
+    eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
     c, r, squares = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
@@ -775,9 +775,9 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
     """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
     rows = []
-    for draws in torch.arange(n).split(max(1, 1024 // len(x))):
+    for draws in torch.arange(n).split(1024 // max(1, len(x)) or 1):
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
-        rows.append(score((x + sigma * noise).flatten(0, 1)).view(len(draws), -1))
+        rows.append(score((x + sigma * noise).flatten(0, 1)).view(len(draws), len(x)))
     return torch.cat(rows).T
 
 
@@ -807,7 +807,7 @@ def smoothing_radius(
     return smoothed_radius(noisy_scores(score, x, sigma, n, generator), gamma, sigma, alpha)
 
 
-@torch.enable_grad()
+@torch.inference_mode(False)  # with gradients, whatever the caller's mode
 def attack(
     net: nn.Module, x: Tensor, gamma: float, eps: float | Tensor, steps=20, restarts=2,
     clamp: tuple[float, float] = (-math.inf, math.inf), generator: Rng = None,
@@ -818,12 +818,12 @@ def attack(
     lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps begin at
     eps / 2, every other time at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, γ, S.
     """
-    x, eps = x.detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device).expand(len(x))
+    x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
     if bad or min(steps, restarts) < 1 or any(m.training for m in net.modules()):
         raise ValueError("attacks need 0 <= eps < inf, γ, steps, restarts >= 1, and net.eval()")
-    limit = (eps * (1 - 1e-4))[:, None]  # rounding x' must not lead out
-    worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), torch.zeros_like(eps)
+    limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
+    worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), 0 * limit[:, 0]
     if s_worst.isnan().any():
         raise ValueError("S(x) is NaN: nothing to attack")
     sign = torch.where(s_worst > gamma, -1.0, 1.0)
@@ -1767,10 +1767,10 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def interrupts(run: Run) -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; a second one stops at once."""
+    """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; then Ctrl-C stops at once."""
 
     def stop(number: int, frame: object) -> None:
-        if run.stopped_by:
+        if run.stopped_by and number == signal.SIGINT:  # schedulers send the others twice
             raise KeyboardInterrupt
         run.stopped_by = number
 
@@ -2018,7 +2018,7 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * c.grad_every, *shares
+        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares
         run.sums += average(torch.stack([v.detach().float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()):
             average(statistic)  # so that all processes score alike
