@@ -360,6 +360,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, training in modes:
             m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
+        for m, training in modes:
             m.training = training
 
 
@@ -1234,7 +1235,7 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), set(), []
-    known = {*Image.OPEN} - {"HDF5", "MPEG"}  # stubs, which open and never decode
+    known = {*Image.OPEN} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # these do not decode
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = os.path.realpath(at) not in seen  # links can go in circles
         seen.add(os.path.realpath(at))
@@ -1285,7 +1286,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
-    a batch [n,s,s,3], of each image a random crop and flip. Raises as `open_image`."""
+    a batch [n,s,s,3], of each image a random crop and flip, or the error of `open_image`."""
 
     dtype = torch.uint8
 
@@ -1305,10 +1306,13 @@ class Files(torch.utils.data.Dataset):
             return Files(self.files[torch.arange(len(self))[index].tolist()], self.shape[1])
         crop = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
         crops = []
-        with torch.random.fork_rng(devices=[]):
-            for i, seed in index:
-                torch.default_generator.manual_seed(seed)
-                crops.append(T.Compose(crop)(open_image(os.fsdecode(self.files[i]))))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for i, seed in index:
+                    torch.default_generator.manual_seed(seed)
+                    crops.append(T.Compose(crop)(open_image(os.fsdecode(self.files[i]))))
+        except (ValueError, OSError) as e:
+            return e  # to `batches`: one that a worker raises keeps all workers alive
         return torch.stack(crops).permute(0, 2, 3, 1).contiguous()
 
 
@@ -1658,7 +1662,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     no_score = method.score not in SCORES or (method.score == "absent" and not method.extra_class)
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     same = one_spelling(c.aux) == one_spelling(c.id)  # right for ImageNet alone: the other classes
-    imagenet = kind == c.aux[:8] == "imagenet"
+    imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
         (theirs not in (None, stats), f"--stats {stats}: {init} was trained with {theirs}"),
@@ -1734,7 +1738,7 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
 
 def one_spelling(spec: Any) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
-    if spec in (*STATS, "synthetic", "random300k"):  # which are not ./synthetic, ...
+    if spec in ("", *STATS, "synthetic", "random300k"):  # which are not ./synthetic, ...
         return spec
     name, equals, path = str(spec).rpartition("=")
     return name + equals + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
@@ -1780,8 +1784,8 @@ def interrupts(run: Run) -> Iterator[None]:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before.callback(signal.signal, number, signal.signal(number, stop))
         yield
-    if run.stopped_by:  # it came after the last step
-        raise SystemExit(128 + run.stopped_by)
+    if run.stopped_by:  # after the last step, which is saved
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -1966,6 +1970,8 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
+            if isinstance(x, Exception):
+                raise ValueError(f"{x}: put another image in its place and go on")
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
@@ -2627,8 +2633,7 @@ def figure_images(path: Path) -> None:
     names, (figure, (panel,)) = [k for k in SYNTHETIC if k != "train"], grid(1, 8, 3.4)
     rows = torch.stack([synthetic(name, 20).x for name in names])
     panel.imshow(rows.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1).numpy())
-    panel.set_yticks(range(16, 32 * len(rows), 32), names, fontsize=7)
-    panel.set_xticks([])
+    panel.set(xticks=[], yticks=range(16, 32 * len(rows), 32), yticklabels=names)
     figure.savefig(path, dpi=150)
 
 
@@ -2706,10 +2711,8 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_folder(runs: Path, c: Config) -> Path:
     """runs/ID/network/method/seedN."""
-    name = path_stem(c.id)
-    name = name if len(name) < 100 else f"{name[:40]}-{hashed(name):x}"  # a long list of classes
-    released = c.reduction == "released" and METHODS[c.method].gradient
-    return runs / name / c.arch / (c.method + "-released" * bool(released)) / f"seed{c.seed}"
+    released = "-released" if c.reduction == "released" and METHODS[c.method].gradient else ""
+    return runs / path_stem(c.id) / c.arch / f"{c.method}{released}" / f"seed{c.seed}"
 
 
 def certify_run(folder: Any, device: Any, first: int, given: dict, **options: Any) -> dict:
@@ -2793,8 +2796,6 @@ def command_predict(args: argparse.Namespace) -> int:
     """class, score and ID/OOD decision of images; exit code 2 if one could not be read"""
     net, c, state = load_run(args.run, args.device)
     gamma, name, classes = state["gamma"], state["score"], state["classes"]
-    if name in NEED_FIT:
-        raise ValueError(f"{args.run} is scored by {name}, of training images: greg.py eval")
     fit, lines, code = Fit(post_hoc(c.id, c.arch, len(classes)), STATS[c.stats][1]), [], 0
     listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in args.images)
     for path in bar([*itertools.chain(*listed)], "predict"):
@@ -2814,7 +2815,7 @@ def command_predict(args: argparse.Namespace) -> int:
 def command_table(args: argparse.Namespace) -> None:
     """run what a table of the paper needs, and print it; or print all finished runs"""
     if args.number is None:
-        if chosen(args) or args.methods or args.archs or args.dry_run:
+        if chosen(args) or args.methods or args.archs or args.dry_run or args.seeds != [0, 1, 2]:
             raise ValueError("options choose among the runs of a table: name its number, 1 to 6")
         results = [read_results(p.parent) for p in sorted(args.runs.rglob("results.json"))]
         if not results:
@@ -2848,7 +2849,7 @@ def command_table(args: argparse.Namespace) -> None:
 
 def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
-    stored(args.run)  # raises for none, before a folder is made
+    load_run(args.run, "cpu")  # raises for none, before a folder is made
     folder = args.out or (args.run.parent if args.run.is_file() else args.run)
     options = {"epsilons": args.eps, "sigma": args.sigma, "n": args.draws, "local": args.local}
     with alone(folder):
@@ -2985,8 +2986,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("GREG_DEBUG"):
             raise
-        text = str(e).splitlines()[-1] if "Original Traceback" in str(e) else str(e)  # a worker's
-        reason, code = " ".join(text.split())[:600], 2
+        reason, code = " ".join(str(e).split())[:600], 2
         known = ValueError, OSError, FloatingPointError, ImportError, NotImplementedError
         if not isinstance(e, known):
             reason = f"{type(e).__name__}: {reason} (GREG_DEBUG=1 shows where)"

@@ -2,7 +2,7 @@
 # Tables 1, 2, 4, 5 and 6 of the paper (CIFAR-10, CIFAR-100), or a demonstration on built-in images.
 # Run the same command again to go on after a stop: finished runs are skipped.
 set -euo pipefail
-shopt -s inherit_errexit
+shopt -s inherit_errexit 2>/dev/null || true # bash 4.4
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {

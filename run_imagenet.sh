@@ -2,7 +2,7 @@
 # Table 3 of the paper: ten classes of ImageNet as ID data, the other 990 as auxiliary data.
 # Run the same command again to go on after a stop, however it came: finished runs are skipped.
 set -euo pipefail
-shopt -s inherit_errexit
+shopt -s inherit_errexit 2>/dev/null || true # bash 4.4
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {

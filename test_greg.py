@@ -184,7 +184,8 @@ def test_scores_of_logits_and_the_compared_losses_are_what_they_are_called(seed,
 def test_any_network_has_features_and_a_loss_with_the_gradient_of_differences(name):
     library = pytest.importorskip("timm" if "timm" in name else "torchvision").models
     net = seeded(0, lambda: FOREIGN[name](library)).double().eval()
-    getattr(net, "set_grad_checkpointing", list)()  # timm's
+    if "timm" in name:
+        net.set_grad_checkpointing()
     x, weights, h = normal(2, 4, 3, 16, 16), list(net.parameters()), 1e-7
     w = torch.cat([p.detach().flatten() for p in weights])
     w, v = w + 0.05 * normal(1, len(w)), normal(3, len(w))  # away from zeros that networks start at
@@ -904,6 +905,7 @@ def test_normalise_agrees_with_numpy_and_the_published_constants_stand():
     np.testing.assert_allclose(z, ((a - mean) / std).transpose(0, 3, 1, 2), atol=1e-5)
     refuses(lambda: greg.normalise(x.float(), mean, std), "uint8", "float32")
     assert np.dot(range(1, 25), np.ravel([*greg.STATS.values()])) == pytest.approx(99.3069, 4e-7)
+    assert sum(float(count) for *_, count in greg.SOURCES.values()) == 101065
 
 
 def test_the_built_in_benchmark_is_fixed_balanced_and_without_repeats():
@@ -1067,7 +1069,7 @@ def test_images_are_cut_as_torchvision_does_and_flipped_by_seed(tmp_path, monkey
         assert torch.equal(crop, want) or torch.equal(crop, want.flip(1))
         flipped += torch.equal(crop, want.flip(1))
     assert 1 < flipped < 11 and len(files[torch.tensor([1])]) == 1
-    refuses(lambda: files[[(2, 0), (1, 0)]], __file__)
+    assert isinstance(bad := files[[(2, 0), (1, 0)]], ValueError) and __file__ in str(bad)
     Image.new("RGB", (9000, 2)).save(path)  # of a strip no more than may be seen
     monkeypatch.setattr(T.functional, "resize", resize := Mock(side_effect=lambda v, *_, **__: v))
     assert greg.load_image(path, 2).shape == (1, 2, 2, 3)
@@ -1341,7 +1343,8 @@ def test_noise_is_gaussian_in_pixels_on_training_images_alone_and_formats_are_ke
     wanted = {(False, kind, 32, type(None)) for kind in (torch.bfloat16, torch.float32)}
     assert seen == wanted | {(True, torch.bfloat16, 48, greg.FastDoubleBackward)}
     run.train_set = IDS._replace(x=greg.Files([f"{tmp_path}/no.png"] * 64, 8))
-    refuses(lambda: next(greg.batches(run)), "no.png", error=FileNotFoundError)
+    run.config = greg.replace(run.config, workers=1)
+    refuses(lambda: next(greg.batches(run)), "no.png", "another image in its place")
 
 
 def fake(monkeypatch, n_in, n_aux, d):
@@ -1395,7 +1398,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
     loss, clock = greg.greg_loss, itertools.count(1e10, 999)
     before = [signal.signal(number, signal.SIG_DFL) for number in greg.SIGNALS]
     ended(begun(a, method, **options))
-    for at, signals, error, words in (  # at the last step of an epoch too; a second one is a kill
+    for at, signals, error, words in (  # at the last step of an epoch too; then Ctrl-C is a kill
         (2, [signal.SIGTERM] * 2, SystemExit, "143"), (4, [signal.SIGHUP], SystemExit, "129"),
         (7, [signal.SIGHUP, signal.SIGINT], KeyboardInterrupt, None),
         (8, [], FloatingPointError, "ce .* epoch 2"),
@@ -1421,7 +1424,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     with greg.interrupts(run):
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    with pytest.raises(SystemExit, match="143"), greg.interrupts(run):  # after the last step
+    with pytest.raises(KeyboardInterrupt), greg.interrupts(run):  # after the last step
         os.kill(os.getpid(), signal.SIGTERM)
     list(map(signal.signal, greg.SIGNALS, before))
     ended(begun(b, method, **options))
@@ -1462,7 +1465,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
     for method, given_, fields in (
         ("ce", f"{big} arch=densenet121", "init=torchvision size=224 stats=imagenet lr=0.001 aux="),
         ("ce", small, "lr=0.1 init="), ("ce", f"{small} init={begin}", "lr=0.001"),
-        ("ce", "id=cifar100", "stats=cifar100 aux="), ("ce", "stats=dice", "stats=dice"),
+        ("ce", "id=cifar100", "stats=cifar100 aux="), ("ce", "id=. stats=dice", "stats=dice"),
         ("greg+", "aux=imagenet", "aux=imagenet"), ("greg+", "id=synthetic", "aux=synthetic"),
         ("greg+", "aux=a", "aux=a stats=cifar10"), ("greg+", "", "aux=random300k size=32 lr=0.1"),
         ("greg+", f"{big} init={begin}", "aux=imagenet:20 lr=0.001 epochs=20 stats=cifar10"),
@@ -1835,9 +1838,7 @@ def test_a_table_knows_its_runs_and_their_starts():
     runs = greg.table_runs(parsed("table 2 --methods dos --seeds 0")).values()
     assert {(c.method, c.id) for c in runs} == {("dos", "cifar100")} and len(runs) == 3
     assert len(greg.table_runs(parsed("table 4"))) == 2 * 3 * 7
-    for id_data, name in ("a/b.c.npz", r"b\.c"), (f"imagenet:{[*range(99)]}", "imagenet:.{10,90}"):
-        folder = greg.run_folder(Path("r"), greg.Config(id=id_data))
-        assert re.fullmatch(name, folder.parts[1])
+    assert greg.run_folder(Path("r"), greg.Config(id="a/b.c.npz")).parts[1] == "b.c"
 
 
 def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_path):
@@ -2023,7 +2024,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         table 2 --margins auto | pre-trained
         train --method ce --id synthetic --device cuda:99 | device
         predict TMP/stopped a.png | finished
-        predict TMP/react a.png | react
         table --runs nowhere | nowhere
         table --runs . --methods ce | number
         certify nowhere | nowhere
