@@ -361,7 +361,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         for m, training in modes:
             m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
         for m, training in modes:
-            m.training = training
+            m.training = training  # whatever a second parent's did since
 
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -1661,7 +1661,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
     no_score = method.score not in SCORES or (method.score == "absent" and not method.extra_class)
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    same = one_spelling(c.aux) == one_spelling(c.id)  # right for ImageNet alone: the other classes
+    same = one_spelling(c.aux) == one_spelling(c.id)  # of ImageNet its other classes, else wrong
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),

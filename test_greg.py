@@ -585,6 +585,7 @@ def test_smoothing_of_a_linear_score_finds_its_margin_and_draws_in_pieces():
     x, w, rng = torch.tensor([[0.02, 0.0], [-0.03, 0.01]]), torch.tensor([3.0, -4.0]), generator(0)
     r, exact = greg.smoothing_radius(lambda v: v @ w, x, 0.0, 0.1, 20000, 0.001, rng), x @ w / 5
     assert (r.abs() <= exact.abs()).all() and torch.allclose(r.float(), exact, atol=0.006)
+    assert greg.noisy_scores(lambda v: v @ w, x[:0], 0.1, 9).shape == (0, 9)
     for n, rows in (3001, 1), (3, 1500):
         sizes, x = [], torch.arange(rows, dtype=torch.float64)[:, None] * 100
         score = lambda v, sizes=sizes: sizes.append(len(v)) or v[:, 0]  # noqa: E731
@@ -1335,8 +1336,7 @@ def test_noise_is_gaussian_in_pixels_on_training_images_alone_and_formats_are_ke
         assert a.is_contiguous() and b.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(greg.to_input(run, IDS.x), greg.normalise(IDS.x, *greg.STATS["cifar10"]))
     assert run.net.features[0].weight.is_contiguous(memory_format=torch.channels_last)
-    run.steps = 1
-    fast = lambda: type(torch.overrides._get_current_function_mode())  # noqa: E731
+    run.steps, fast = 1, lambda: type(torch.overrides._get_current_function_mode())
     add = lambda m, x, f: seen.add((m.training, f.dtype, len(f), fast()))  # noqa: E731
     run.net.fc.register_forward_hook(add)
     greg.train_epoch(run)
@@ -1854,11 +1854,11 @@ def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_pat
     assert "run 1 of 6" in err and "run 6 of 6" in err and "id/wrn10_1/greg/seed1" in err
     assert (runs / "table_1.md").read_text() == first.rstrip("\n") + "\n"
     assert first.count("not run") == 4 and "auxiliary aux.npy" in first
+    (runs / "id/wrn10_1/ce/seed0/checkpoint.pt").unlink()
     assert cli(line + " --read")[0] == first and "-> 0.5" in cli(line + " --lr 0.5 --read", 2)[1]
     ((_, *rows),) = table_rows(cli(f"table --runs '{runs}'")[0])
     assert ["greg", "wrn10_1", "aux.npy", "2"] in [row[:4] for row in rows]
-    (runs.rename(tmp_path / "t") / "id/wrn10_1/ce/seed0/checkpoint.pt").unlink()
-    assert cli(line.replace(str(runs), f"{tmp_path}/t") + " --read")[0] == first
+    assert cli(line.replace(str(runs), str(runs.rename(tmp_path / "t"))) + " --read")[0] == first
 
 
 def test_predict_decides_by_the_threshold_and_goes_on_after_a_bad_file(lab, cli, tmp_path):
