@@ -1581,7 +1581,7 @@ RECIPES = {
     "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
     "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
 }
-WHERE = ("ood", "root", "download", "workers")  # may differ when a run goes on
+WHERE = ("cuda_graph", "ood", "root", "download", "workers")  # may differ when a run goes on
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -1621,6 +1621,7 @@ class Config:
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
     # WHERE, which makes no other run:
+    cuda_graph: bool = option(False, "replay steps as a CUDA graph (not openmix's and balanced's)")
     ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
@@ -1885,6 +1886,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{n}: no step of {c.batch} and {need} is to be had; another --batch")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
+    if c.cuda_graph and (device.type != "cuda" or ranks > 1 or c.grad_every > 1):
+        raise ValueError(f"--cuda-graph: one GPU and --grad-every 1, not {ranks} x {device.type}")
     begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
     net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
     for m in net.modules():
@@ -1996,13 +1999,24 @@ def average(t: Tensor) -> Tensor:
     return t
 
 
+def gradients(run: Run, model: nn.Module, m_in, m_aux, *options_and_x: Any) -> GregLoss:
+    """`greg_loss` in training mode, and its gradients in the place of the step before's."""
+    *options, x_in, y_in, x_aux = options_and_x
+    run.net.train()
+    with torch.autocast(run.device.type, torch.bfloat16, run.config.amp), FastDoubleBackward():
+        out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)
+    run.optimizer.zero_grad()
+    out.loss.backward()
+    return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
+
+
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
     m_in, m_aux = method.margins or (c.m_in, c.m_aux)
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
-    progress, looked = bar(None, what, total=run.steps, initial=run.step), began
+    progress, looked, graph = bar(None, what, total=run.steps, initial=run.step), began, None
     for x_in, y_in, x_aux in batches(run):
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
         if method.sampler.pick:  # Algorithm 1
@@ -2014,11 +2028,10 @@ def train_epoch(run: Run) -> None:
         lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
         lambda_grad /= ranks if c.reduction == "released" else 1  # / N with the N of all ranks
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
-        run.net.train()
-        with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-            out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
-        run.optimizer.zero_grad()
-        out.loss.backward()
+        step = functools.partial(gradients, run, model, m_in, m_aux, *options)
+        if c.cuda_graph and not context:  # a context is new at each step
+            step = graph = graph or Graphed(step)
+        out = step(x_in, y_in, x_aux)  # Eqs. (1), (3)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()
         n, K = len(y_in), len(run.train_set.classes)
@@ -2205,6 +2218,27 @@ def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
     shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
     at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
     return at_g, at_x.to(x.dtype), m * r * q, None, None
+
+
+class Graphed:
+    """f of tensors of fixed shapes, from the fourth call on replayed as a CUDA graph: thousands of
+    launches become one. The next call writes over what it returned, and over f's effects."""
+
+    def __init__(self, f: Callable[..., Any]):
+        self.f, self.calls = f, 0
+
+    def __call__(self, *x: Tensor) -> Any:
+        self.calls += 1
+        if self.calls < 4:  # libraries set themselves up, which no graph may hold
+            return self.f(*x)
+        if self.calls == 4:  # this runs nothing yet
+            self.x, self.graph = [t.clone() for t in x], torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.out = self.f(*self.x)
+        for held, new in zip(self.x, x, strict=True):
+            held.copy_(new)
+        self.graph.replay()
+        return self.out
 
 
 def shared(t: Tensor) -> Tensor:
