@@ -1999,17 +1999,6 @@ def average(t: Tensor) -> Tensor:
     return t
 
 
-def gradients(run: Run, model: nn.Module, m_in, m_aux, *options_and_x: Any) -> GregLoss:
-    """`greg_loss` in training mode, and its gradients in the place of the step before's."""
-    *options, x_in, y_in, x_aux = options_and_x
-    run.net.train()
-    with torch.autocast(run.device.type, torch.bfloat16, run.config.amp), FastDoubleBackward():
-        out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)
-    run.optimizer.zero_grad()
-    out.loss.backward()
-    return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
-
-
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
@@ -2028,17 +2017,25 @@ def train_epoch(run: Run) -> None:
         lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
         lambda_grad /= ranks if c.reduction == "released" else 1  # / N with the N of all ranks
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
-        step = functools.partial(gradients, run, model, m_in, m_aux, *options)
+
+        def step(x_in, y_in, x_aux, options=options):
+            run.net.train()
+            with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
+                out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
+            run.optimizer.zero_grad()
+            out.loss.backward()
+            return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
+
         if c.cuda_graph and not context:  # a context is new at each step
             step = graph = graph or Graphed(step)
-        out = step(x_in, y_in, x_aux)  # Eqs. (1), (3)
+        out = step(x_in, y_in, x_aux)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
         terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares
-        run.sums += average(torch.stack([v.detach().float() for v in terms]))
+        run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()):
             average(statistic)  # so that all processes score alike
         run.step += 1

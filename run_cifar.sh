@@ -25,8 +25,8 @@ Environment variables and their defaults:
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
   DOWNLOAD   empty           1: fetch the data sets that are absent
-  EXTRA      empty           further options of "greg.py table", such as "--channels-last --cuda-graph" (on one GPU
-                             GReg steps take half the time)
+  EXTRA      empty           further options of "greg.py table", such as "--amp", or on one
+                             GPU "--channels-last --cuda-graph", which halve the time
 
 examples:
   bash run_cifar.sh demo
