@@ -204,8 +204,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
 
     By name, below any prefix or beside other submodules, else by position, as code bases name the
     same layers differently but list them in forward order: each pair agrees in role (the name's
-    last part) and shape. ValueError for what does not fit, OSError without the file.
-    """
+    last part) and shape. ValueError for what does not fit, OSError without the file."""
     state = state or read_tensors(path)  # `state`: what was read of it already
     for key in ("net", "state_dict", "model_state_dict", "model", "ema"):
         state = state.get(key, state) if isinstance(state, dict) else state
@@ -255,8 +254,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
     In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm lets s_j depend on x_i: the mask on
-    s drops masked j, that on norms masked i. s may be [N,1]. ValueError: gradients off.
-    """
+    s drops masked j, that on norms masked i. s may be [N,1]. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
     keep = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -272,8 +270,7 @@ def gradient_loss(
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
     The samples that Eq. (1) leaves out: s [N] scores of x [N,...], the first n_in in-distribution.
-    reduction="released" is Eq. (3) / N, the scale of the authors' code.
-    """
+    reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -298,8 +295,7 @@ def greg_loss(
     aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
     its own, that of S. Raises ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for
     compiled modules or DDP's static_graph, which may lose second derivatives. Where attention is
-    checkpointed, call backward(), which repeats it, under `sdpa_kernel(SDPBackend.MATH)` too.
-    """
+    checkpointed, call backward(), which repeats it, under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not m_in < m_aux:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
@@ -387,8 +383,7 @@ def kmeans(
     The best of `n_init` restarts, in float32 or float64; each stops when its centroids' squared
     movement is at most tol times a feature's mean variance. Labels: the nearest centroid returned.
     An empty cluster moves to the point farthest from its centroid; with fewer than k distinct
-    points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N.
-    """
+    points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -437,8 +432,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
     the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
-    has one member or none, random candidates fill in. ValueError: too few, or a NaN score.
-    """
+    has one member or none, random candidates fill in. ValueError: too few, or a NaN score."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -584,8 +578,7 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
     On a torus of at least hw + 2 padding no window that is kept wraps, so the circular convolution
     is no smaller: block-diagonal in Fourier space (Sedghi et al. 2019), s² blocks side by side for
-    a stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights.
-    """
+    a stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
     w, sizes = weight.detach().cpu().double(), []
@@ -605,8 +598,7 @@ def _propagate(net, x, w):
     """w' [C]: the map is diag(w) · g before `net`, g 1-Lipschitz, and diag(w') · g' after it.
 
     ReLU, diagonal too, leaves w as it is: that makes the bound tight. Two branches' g and h join as
-    (g / t, h / u), 1-Lipschitz for any t, u with 1/t² + 1/u² = 1, which the w of each takes up.
-    """
+    (g / t, h / u), 1-Lipschitz for any t, u with 1/t² + 1/u² = 1, which the w of each takes up."""
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
@@ -655,8 +647,7 @@ def linear_region(net: nn.Module, x: Tensor) -> Region:
     """z [K], A [K,D], ε̂ (a float) of one input: f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
 
     Under the ReLU pattern of x, pre-activation j is a_j + g_j·u; it holds until one changes sign:
-    ε̂ = min_j |a_j| / ‖g_j‖, exact (Section 5). x [C,H,W], [D] or a batch of one; D derivatives.
-    """
+    ε̂ = min_j |a_j| / ‖g_j‖, exact (Section 5). x [C,H,W], [D] or a batch of one; D derivatives."""
     x = (x if x.dim() in (2, 4) else x[None]).detach().double()
     if len(x) != 1:
         raise ValueError(f"the linear region is that of one input, got {len(x)}")
@@ -729,8 +720,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
 
     Intervals contain all activations on the ball, so all derivatives of ReLU, so, backward, all
     gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0: the paper's argument as a
-    theorem. Infinite where intervals overflow, as in deep networks.
-    """
+    theorem. Infinite where intervals overflow, as in deep networks."""
     x = x.clone().detach().double().requires_grad_()
     layers = _layers(_exact(net, x))
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
@@ -756,8 +746,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
 def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> dict[str, Tensor]:
     """Sound radii [N] within which the decision S <= γ on x [N,...] does not change, by bound.
 
-    "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input).
-    """
+    "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input)."""
     s = energy_score(_exact(net, x)(x.double())).detach()
     top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
     sizes = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
@@ -787,8 +776,7 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
 
     -R: ID within R of x; +R: OOD; 0: undecided. R = σ Φ⁻¹(p), p the Clopper-Pearson lower bound of
     the side that wins (Cohen et al. 2019): it is too large with probability at most alpha, unless γ
-    comes from s. ValueError for too few draws, or bad numbers.
-    """
+    comes from s. ValueError for too few draws, or bad numbers."""
     from scipy.stats import beta
 
     n, k = s.shape[1], (s <= gamma).sum(1).cpu().double()
@@ -1033,7 +1021,6 @@ def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
 
 # ==================================================================================================
 # 7  Data (Section 6.1)
-# Needs: nothing
 
 
 class Images(NamedTuple):
@@ -1220,8 +1207,7 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, its short side resized to s = size (from 128 on s · 256 / 224, as usual on
-    ImageNet), centre crop: [1,s,s,3] uint8. Raises as `open_image`."""
+    """An image file, its short side made s (from 128 on s · 256 / 224), centre crop: [1,s,s,3]."""
     from torchvision.transforms import functional as T
 
     image, short = open_image(path), size if size < 128 else size * 256 // 224
@@ -1234,11 +1220,10 @@ def image_files(folder: str | Path) -> list[str]:
     """All images below a folder, in a fixed random order: the first N stand for them all."""
     from PIL import Image
 
-    kinds, seen, paths = Image.registered_extensions(), set(), []
+    kinds, seen, paths = Image.registered_extensions(), {}, []
     known = {*Image.OPEN} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # these do not decode
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        new = os.path.realpath(at) not in seen  # links can go in circles
-        seen.add(os.path.realpath(at))
+        new = seen.setdefault(os.path.realpath(at), at) == at  # links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
@@ -1288,13 +1273,11 @@ class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
     a batch [n,s,s,3], of each image a random crop and flip, or the error of `open_image`."""
 
-    dtype = torch.uint8
-
     def __init__(self, files: Any, size: int):
         import numpy as np
 
         self.files = np.array([os.fsencode(f) for f in files])  # objects: a copy in every worker
-        self.shape = (len(files), size, size, 3)
+        self.shape, self.dtype = (len(files), size, size, 3), torch.uint8
 
     def __len__(self) -> int:
         return len(self.files)
@@ -1346,8 +1329,7 @@ inaturalist {_MOS}/iNaturalist.tar.gz 5be6ea8aa027d7b631916427b32cb335 iNaturali
 sun {_MOS}/SUN.tar.gz 8469c3ada62211477954ec1be53b12d0 SUN 1e4
 places {_MOS}/Places.tar.gz b5cb5eba2754ae2a28beea8718db699a Places 1e4
 random300k {_CAL}/300K_random_images.npy 64ca64357de98351f28454274a112dc3 300K_random_images.npy 0
-densenet121 {_TORCH}/densenet121-a639ec97.pth - densenet121-a639ec97.pth 0
-"""
+densenet121 {_TORCH}/densenet121-a639ec97.pth - densenet121-a639ec97.pth 0"""
 SOURCES = {name: rest for name, *rest in map(str.split, _SOURCES.strip().splitlines())}
 PAPER_OOD = ("svhn", "textures", "places365", "lsun_c", "lsun_r", "isun")  # of Tables 1 and 2
 IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
@@ -1362,9 +1344,8 @@ def published(name: str, root: str | Path, download: bool) -> Any:
         if name not in SOURCES:
             parts = ("test",) if name == "svhn" else (True, False)
             return [getattr(datasets, name.upper())(str(root), p, download=fetching) for p in parts]
-        url, md5, target, _ = SOURCES[name]
+        url, md5, target, _ = (None if v == "-" else v for v in SOURCES[name])
         path, file, web = Path(root, target), Path(url.partition("?")[0]).name, datasets.utils
-        md5 = None if md5 == "-" else md5
         if fetching and not path.exists():
             fetch = web.download_url if target == file else web.download_and_extract_archive
             fetch(url, str(root), filename=file, md5=md5)
@@ -1483,7 +1464,6 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 
 # ==================================================================================================
 # 8  Training (Sections 4 and 6.1)
-# Needs: everything above
 
 
 class Sampler(NamedTuple):
@@ -1620,7 +1600,6 @@ class Config:
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
-    # WHERE, which makes no other run:
     cuda_graph: bool = option(False, "replay steps as a CUDA graph (not openmix's and balanced's)")
     ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
@@ -1637,9 +1616,8 @@ def fine_tunes(method: str, id_data: str) -> bool:
 def resolve(c: Config, theirs: str | None = None) -> Config:
     """`c` with what its method's recipe gives filled in; ValueError for what cannot be. `theirs`:
     the normalisation that a run already has, which else is its start's."""
-    # A checkpoint takes no NumPy numbers and no paths.
     plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
-    c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})
+    c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})  # for torch.load
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1779,9 +1757,8 @@ def interrupts(run: Run) -> Iterator[None]:
             raise KeyboardInterrupt
         run.stopped_by = number
 
-    mine = SIGNALS if threading.current_thread() is threading.main_thread() else ()
     with contextlib.ExitStack() as before:
-        for number in mine:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                 before.callback(signal.signal, number, signal.signal(number, stop))
         yield
@@ -1792,18 +1769,14 @@ def interrupts(run: Run) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One run at a time in a folder, made if need be; ValueError for a second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl
+    from filelock import FileLock, Timeout
 
-            if world()[0] == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process works in {folder}: wait or use another") from None
-        except (ImportError, OSError) as e:  # Windows, and file systems without locks
-            remark(f"warning: {folder} cannot be locked ({e}): begin no second run in it")
-        yield
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if world()[0] == 0 else contextlib.nullcontext():
+            yield
+    except Timeout:
+        raise ValueError(f"another process works in {folder}: wait or use another") from None
 
 
 # ---- The network.
@@ -1834,11 +1807,10 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     return net
 
 
-def embed(net: nn.Module, x: Tensor, amp: bool = False, chunk: int = 512) -> tuple[Tensor, Tensor]:
+def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
     """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
-        # On a CPU 32, whose activations stay near its cache; that can halve the time.
-        parts = x.split(min(chunk, 32) if x.device.type == "cpu" else chunk)
+        parts = x.split(CHUNK if x.device.type == "cpu" else 512)  # 32 stay near a CPU's cache
         z, f = zip(*(features_and_logits(net, part) for part in parts), strict=True)
     return torch.cat(z).float(), torch.cat(f).float()
 
@@ -1926,13 +1898,12 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
 
 def save(run: Run, **more: Any) -> None:
     """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
+    ids, n_aux = run.train_set, len(run.aux_set.x) if run.aux_set else 0
     state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
-    state |= {"config": asdict(run.config), "classes": list(run.train_set.classes)}
-    state |= {"labels": hashed(run.train_set.y.tolist()), "size": run.train_set.x.shape[1]}
-    state["n_aux"] = len(run.aux_set.x) if run.aux_set else 0
+    state |= {"config": asdict(run.config), "classes": list(ids.classes), "n_aux": n_aux}
+    state |= {"labels": hashed(ids.y.tolist()), "size": ids.x.shape[1], "net": run.net.state_dict()}
     content = io.BytesIO()  # torch.save to a full disk would raise no OSError
-    weights = {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
-    torch.save(state | weights, content)
+    torch.save(state | {"optimizer": run.optimizer.state_dict()}, content)
     write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
@@ -1955,8 +1926,7 @@ def _leave_signals(worker):
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
     function of (seed, epoch, step, rank), which workers and stops do not change. The images of the
-    epoch (if a sampler picks, of the whole auxiliary set) are cut into a part a step and process.
-    """
+    epoch (if a sampler picks, of all auxiliary images) are cut into a part a step and process."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
@@ -2042,9 +2012,8 @@ def train_epoch(run: Run) -> None:
         if ranks > 1 or run.stopped_by or time.time() > looked + 1:
             look(run, progress)
             looked = time.time()
-    row = look(run, progress) | {"seconds": time.time() - began}
     progress.close()
-    end_epoch(run, row)
+    end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
 
 
 def look(run: Run, progress: Any) -> dict[str, float]:
@@ -2089,11 +2058,10 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        logits, parts = embed(run.net, x, chunk=CHUNK)[1], bar(x.split(CHUNK), f"probe {kind}")
-        gradients = torch.cat([input_gradients(run.net, part) for part in parts])
+        logits, parts = embed(run.net, x)[1], bar(x.split(CHUNK), f"probe {kind}")
+        gradient = torch.cat([input_gradients(run.net, part) for part in parts]).mean().item()
         s[kind] = energy_score(logits)
-        row[f"probe_s_{kind}"] = s[kind].mean().item()
-        row[f"probe_gradient_{kind}"] = gradients.mean().item()
+        row |= {f"probe_s_{kind}": s[kind].mean().item(), f"probe_gradient_{kind}": gradient}
         if kind == "in":
             hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y[:256]
             row["probe_accuracy"] = hit.float().mean().item()
@@ -2263,7 +2231,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 # ==================================================================================================
 # 9  Evaluation, tables, figures, command line (Section 6)
-# Needs: everything above
 
 
 def evaluate(
@@ -2278,7 +2245,6 @@ def evaluate(
         for i in bar(torch.arange(len(images.x)).split(CHUNK), what):
             yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
 
-    net.eval()
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
         fit = fit_scores(net, z, train_set.y.to(z.device), fit.p, fit.std, K)
@@ -2339,10 +2305,9 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         with interrupts(run):
             while run.epoch < c.epochs:
                 train_epoch(run)
-        score = METHODS[c.method].score
-        names = [score] if c.aux else POST_HOC_ROWS
+        names = [METHODS[c.method].score] if c.aux else POST_HOC_ROWS
         results, raw = evaluate(run.net, train_set, test_set, ood, run.config, names)
-        save(run, gamma=results["gamma"][score], score=score)
+        save(run, gamma=results["gamma"][results["score"]], score=results["score"])
         save_results(folder, results, raw)
     return results
 
@@ -2596,10 +2561,8 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
     given, methods = chosen(args), args.methods or [row[1] for row in PAPER[args.number]]
     pairs = {c[:2]: 0 for c in table_columns(args.number, given.get("id", ""), args.archs)}
-    if any(fine_tunes(method, data) for method in methods for data, _ in pairs):
-        methods = ["ce", *methods]
-    runs = {}
-    for (data, arch), seed, method in itertools.product(pairs, args.seeds, methods):
+    runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
+    for (data, arch), seed, method in itertools.product(pairs, args.seeds, starts + methods):
         c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
         if fine_tunes(method, data):
             c = replace(c, init=str(run_folder(args.runs, replace(c, method="ce"))))
@@ -2625,8 +2588,7 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
         for label, points in lines.items():
             panel.plot(*zip(*points, strict=True), label=label)
         panel.set(title=title, xlabel=x, ylabel=y)
-        if lines:
-            panel.legend(fontsize=7)
+        panel.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 
@@ -2646,11 +2608,9 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
     """Histograms of the score on ID and on each OOD set, with the threshold γ, a panel a run."""
     figure, axes = grid(len(folders), 6, 3.5)
     for panel, folder in zip(axes, folders, strict=True):
-        if not (results := read_results(folder)):
-            raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
+        arrays, results = read_arrays(folder / "scores.npz"), read_results(folder)
         scores = [*results["metrics"]]  # an `eval` may lack the method's own
         score = results["score"] if results["score"] in scores else scores[0]
-        arrays = read_arrays(folder / "scores.npz")
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
         panel.hist([*sets.values()], 80, density=True, label=[*sets], histtype="step")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
@@ -2694,9 +2654,8 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
 
 
 def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> dict[float, dict]:
-    """Figure 1, left, as an experiment: S on the plane, γ, certified balls, attacks (dotted). Draws
-    `path`; returns, for either λ_∇S, FPR95, γ, and of each side mean ‖∇S‖ and the medians of
-    certified radius, attack distance, and their ratio for each bound (1 would be exact)."""
+    """Figure 1, left: S on a plane, γ, certified balls, attacks (dotted), drawn to `path`. Returns
+    for either λ_∇S FPR95, γ and, a side, ‖∇S‖, certified radius, attack distance, their ratios."""
     from matplotlib.patches import Circle
 
     (figure, axes), results = grid(2, 4.75, 4.4), {}
@@ -2767,8 +2726,7 @@ def command_demo(args: argparse.Namespace) -> None:
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
-        c = Config(method, id="synthetic", seed=seed, **more)
-        r = train(c, folder, args.device)
+        r = train(Config(method, id="synthetic", seed=seed, **more), folder, args.device)
         report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)
         hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
         mean, norm = r["metrics"]["energy"]["mean"], r["gradient_norm"]["id"] / 100
@@ -2797,14 +2755,12 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     state = stored(source) if source else {}
     if (args.run and args.weights) or not (state or args.weights):
-        need = "name a run, before the options, or else --weights FILE, --arch and --id"
-        raise ValueError(f"{need}, not {source}" if source else need)
+        raise ValueError(f"need a run before the options, or --weights, --arch, --id; not {source}")
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
-    for key in {"arch", "stats"} & {*given}:
-        if given[key] != getattr(c, key):
-            raise ValueError(f"--{key} {given[key]}: {source} was trained with {getattr(c, key)}")
+    for k in [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
+        raise ValueError(f"--{k} {given[k]}: {source} was trained with {getattr(c, k)}")
     c, scores = replace(c, **given, init=str(source)), args.scores or METHODS[c.method].score
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
@@ -2853,9 +2809,8 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs, results = table_runs(args), []
-    for c in runs.values():
-        if not c.init:  # what depends on no other run is checked before any of them begins
-            resolve(c)
+    for c in [c for c in runs.values() if not c.init]:  # needing no other run: before any begins
+        resolve(c)
     paper_table(args.number, [r for r in map(read_results, runs) if r])  # and what is finished
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
@@ -2870,12 +2825,11 @@ def command_table(args: argparse.Namespace) -> None:
             elif Path(c.init).parts[-4:] == Path(done["config"]["init"]).parts[-4:]:
                 c = replace(c, init=done["config"]["init"])  # the folder of all runs has moved
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
-    if args.dry_run:
-        return
-    ours = args.number, results, chosen(args).get("id", ""), args.archs
-    say(paper_table(*ours, shown))
-    if not args.read:
-        write_atomically(args.runs / f"table_{args.number}.md", paper_table(*ours))
+    if not args.dry_run:
+        ours = args.number, results, chosen(args).get("id", ""), args.archs
+        say(paper_table(*ours, shown))
+        if not args.read:
+            write_atomically(args.runs / f"table_{args.number}.md", paper_table(*ours))
 
 
 def command_certify(args: argparse.Namespace) -> None:
@@ -2887,8 +2841,7 @@ def command_certify(args: argparse.Namespace) -> None:
         report = certify_run(args.run, args.device, args.images, chosen(args), **options)
     cells, panels = [], {}
     for name, rows in report["sets"].items():
-        lines = {k: [(e, 100 * row[k]["fpr95"]) for e, row in rows.items()] for k in rows[0.0]}
-        panels[name] = {k: v for k, v in lines.items() if any(y < 100 for eps, y in v if eps)}
+        panels[name] = {k: [(e, 100 * r[k]["fpr95"]) for e, r in rows.items()] for k in rows[0.0]}
         for eps, row in rows.items():
             pairs = (" / ".join(f"{100 * v:.1f}" for v in pair.values()) for pair in row.values())
             cells.append([name, f"{eps:g}", *pairs])
