@@ -1600,7 +1600,7 @@ class Config:
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
-    cuda_graph: bool = option(False, "replay steps as a CUDA graph (not openmix's and balanced's)")
+    cuda_graph: bool = option(False, "replay steps as a CUDA graph (not of openmix, balanced)")
     ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
@@ -1769,14 +1769,18 @@ def interrupts(run: Run) -> Iterator[None]:
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One run at a time in a folder, made if need be; ValueError for a second."""
-    from filelock import FileLock, Timeout
-
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / ".lock", timeout=0) if world()[0] == 0 else contextlib.nullcontext():
-            yield
-    except Timeout:
-        raise ValueError(f"another process works in {folder}: wait or use another") from None
+    with open(folder / ".lock", "w") as lock:
+        try:
+            import fcntl
+
+            if world()[0] == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process works in {folder}: wait or use another") from None
+        except (ImportError, OSError) as e:  # Windows, and file systems without locks
+            remark(f"warning: {folder} cannot be locked ({e}): begin no second run in it")
+        yield
 
 
 # ---- The network.
@@ -1858,8 +1862,6 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{n}: no step of {c.batch} and {need} is to be had; another --batch")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    if c.cuda_graph and (device.type != "cuda" or ranks > 1 or c.grad_every > 1):
-        raise ValueError(f"--cuda-graph: one GPU and --grad-every 1, not {ranks} x {device.type}")
     begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
     net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
     for m in net.modules():
@@ -2187,7 +2189,7 @@ def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
 
 class Graphed:
     """f of tensors of fixed shapes, from the fourth call on replayed as a CUDA graph: thousands of
-    launches become one. The next call writes over what it returned, and over f's effects."""
+    launches become one, and f's Python runs no more. The next call writes over what it returned."""
 
     def __init__(self, f: Callable[..., Any]):
         self.f, self.calls = f, 0
@@ -2198,7 +2200,7 @@ class Graphed:
             return self.f(*x)
         if self.calls == 4:  # this runs nothing yet
             self.x, self.graph = [t.clone() for t in x], torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.device(x[0].device), torch.cuda.graph(self.graph):
                 self.out = self.f(*self.x)
         for held, new in zip(self.x, x, strict=True):
             held.copy_(new)
@@ -2253,7 +2255,8 @@ def evaluate(
         for x in parts(images, f"score {key}"):
             z, f = embed(net, x)
             f = f[:, :K]
-            rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
+            with eval_mode(net):
+                rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
         classes, *scores = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
         raw |= {f"{name}/{key}": s for name, s in zip(names, scores, strict=True)}
         few = parts(images.take(slice(1000)), f"‖∇S‖ {key}")
@@ -2296,6 +2299,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         if not {*map(one_spelling, c.ood)} <= {*map(one_spelling, known)}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
+    if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
+        raise ValueError(f"--cuda-graph needs one GPU, not {device.type}, and --grad-every 1")
     train_set, test_set, ood = load_sets(c)
     aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
     if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
@@ -2608,7 +2613,9 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
     """Histograms of the score on ID and on each OOD set, with the threshold γ, a panel a run."""
     figure, axes = grid(len(folders), 6, 3.5)
     for panel, folder in zip(axes, folders, strict=True):
-        arrays, results = read_arrays(folder / "scores.npz"), read_results(folder)
+        if not (results := read_results(folder)):
+            raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
+        arrays = read_arrays(folder / "scores.npz")
         scores = [*results["metrics"]]  # an `eval` may lack the method's own
         score = results["score"] if results["score"] in scores else scores[0]
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
@@ -2755,7 +2762,7 @@ def command_eval(args: argparse.Namespace) -> None:
     source, given = args.run or args.weights, chosen(args)
     state = stored(source) if source else {}
     if (args.run and args.weights) or not (state or args.weights):
-        raise ValueError(f"need a run before the options, or --weights, --arch, --id; not {source}")
+        raise ValueError("need either a run, before the options, or --weights, --arch and --id")
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))

@@ -25,8 +25,8 @@ Environment variables and their defaults:
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
   DOWNLOAD   empty           1: fetch the data sets that are absent
-  EXTRA      empty           further options of "greg.py table", such as "--amp", or on one
-                             GPU "--channels-last --cuda-graph", which halve the time
+  EXTRA      empty           further options of "greg.py table", such as "--amp", or on a GPU
+                             "--channels-last --cuda-graph" (an H100: half a DenseNet step)
 
 examples:
   bash run_cifar.sh demo
@@ -38,7 +38,7 @@ words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on howeve
 
 find_python() { # a Python with torch: the caller's, ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
-  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy, filelock; assert sys.version_info >= (3, 10)'
+  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
   for candidate in "$venv" python3 python; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi

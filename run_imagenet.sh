@@ -37,7 +37,7 @@ words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on howeve
 
 find_python() { # a Python with torch: ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
-  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy, filelock; assert sys.version_info >= (3, 10)'
+  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
   for candidate in "$venv" python3 python; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi

@@ -1232,10 +1232,10 @@ def test_a_graph_is_taken_at_the_fourth_call_and_fed_every_input(monkeypatch):
     tape = []  # for a stand-in that repeats, as graphs do, what was done on the tensors of then
     replay = Mock(side_effect=lambda: tape[3][1].copy_(2 * tape[3][0]))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
-    monkeypatch.setattr(torch.cuda, "graph", contextlib.nullcontext)
+    for context in "graph", "device":
+        monkeypatch.setattr(torch.cuda, context, contextlib.nullcontext)
     graphed = greg.Graphed(lambda x: tape.append([x, 2 * x]) or tape[-1][1])
-    for seed in range(6):
-        exactly(graphed(x := normal(seed, 3)), 2 * x)
+    exactly([graphed(v).clone() for v in normal(0, 6, 3)], [*(2 * normal(0, 6, 3))])
     assert (len(tape), replay.call_count) == (4, 3)
 
 
@@ -2033,7 +2033,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         figure images --out a.pgn | .png; figure scores TMP/cut | scores.npz is damaged;
         table 2 --margins auto | pre-trained;
         train --method ce --id synthetic --device cuda:99 | device;
-        train --method ce --id synthetic --n-train 999 --cuda-graph --out TMP/new | one GPU;
+        train --method ce --id synthetic --cuda-graph --out TMP/new | one GPU;
         predict TMP/stopped a.png | finished; table --runs nowhere | nowhere;
         table --runs . --methods ce | number; certify nowhere | nowhere; figure 3 | run folders;
         figure 3 ce | auxiliary; figure scores nowhere | nowhere;
