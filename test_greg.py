@@ -1089,8 +1089,7 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
         refuses(functools.partial(load, [name]), name, str(root), "--download", **absent)
     for name in "random300k", "densenet121", "svnh":  # no OOD sets
         refuses(functools.partial(load, [name]), f"no OOD set '{name}'", "NAME=PATH", "rays", "sun")
-    load_aux = functools.partial(greg.load_aux, "random300k", root)
-    refuses(load_aux, "random300k", str(root), "--download", **absent)
+    refuses(lambda: greg.load_aux("random300k", root), "300k is not whole", str(root), **absent)
     refuses(lambda: greg.load_id("cifar10", root), "cifar10", str(root), "--download", **absent)
     publish("isun", web / "there", 2)
     assert not root.exists()
@@ -1106,6 +1105,8 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
     np.testing.assert_array_equal(greg.load_aux("random300k", root, True).x, TWO)
     (root / "r.npy").write_bytes(b"damaged")
     refuses(lambda: greg.load_aux("random300k", root), "random300k", **absent)
+    greg.SOURCES["random300k"][1] = "-"  # as where no sum is known
+    assert greg.published("random300k", root, False).read_bytes() == b"damaged"
     publish("sun", draw_tree(web / "damaged"), 8)
     greg.SOURCES["sun"][1] = "0" * 32
     refuses(lambda: load(["sun"], download=True), "sun is not whole", **absent)
@@ -1437,7 +1438,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
         os.kill(os.getpid(), signal.SIGTERM)
     list(map(signal.signal, greg.SIGNALS, before))
     ended(begun(b, method, **options))
-    ended(begun(c, method, seed=1, **options))
+    greg.ThreadPoolExecutor().submit(ended, begun(c, method, seed=1, **options)).result()
     first, second, third = ([greg.stored(d)[k] for k in ("net", "memory")] for d in (a, b, c))
     exactly(first, second)
     assert not torch.equal(first[0]["fc.weight"], third[0]["fc.weight"])
@@ -1507,7 +1508,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     folder, new, aux = tmp_path / "r", tmp_path / "new", coloured(2, 130)
     again = lambda where=folder, **more: begun(where, "oe", **{"init": begin} | more)  # noqa: E731
     again(tmp_path / "64", batch=64, aux=aux.take(slice(128)))
-    greg.save(run := again())
+    greg.save(run := again(cuda_graph=True))
     again(init=f"{os.path.relpath(begin)}/checkpoint.pt", workers=2, root="x", ood=("a",))
     other, order = (IDS._replace(classes=tuple(classes)) for classes in ("abce", "abdc"))
     for where, words, change in (
@@ -1693,7 +1694,8 @@ def table_rows(text):
 
 def test_evaluation_is_by_the_functions_of_sections_5_and_6(monkeypatch, capsys):
     """Class K + 1 counts for its own score and for ∇S; all else is as without it."""
-    net = copy.deepcopy(more := seeded(0, lambda: greg.wrn(10, 1, 11)).train())
+    monkeypatch.setitem(greg.SCORES, "mine", lambda net, x, *_: greg.energy_score(net(x)[:, :10]))
+    net = copy.deepcopy(more := seeded(0, lambda: greg.wrn(10, 1, 11)).train()).eval()
     net.fc.weight.data, net.fc.bias.data = net.fc.weight.data[:10], net.fc.bias.data[:10]
     more.fc.bias.data[10] = 2.0
     train_set, test_set, rays = (greg.synthetic(k, 30) for k in ("train", "test", "rays"))
@@ -2028,20 +2030,18 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(cli, tmp_path, monkeypat
 
 def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
     mistakes = """
-        eval ce --out ce | own folder;
         train --id id.npz --arch wrn10_1 --init ce --aux aux.npy --ood a=aux.npy | trained on;
-        figure images --out a.pgn | .png; figure scores TMP/cut | scores.npz is damaged;
-        table 2 --margins auto | pre-trained;
-        train --method ce --id synthetic --device cuda:99 | device;
         train --method ce --id synthetic --cuda-graph --out TMP/new | one GPU;
-        predict TMP/stopped a.png | finished; table --runs nowhere | nowhere;
-        table --runs . --methods ce | number; certify nowhere | nowhere; figure 3 | run folders;
-        figure 3 ce | auxiliary; figure scores nowhere | nowhere;
-        eval TMP/renamed --out none | zero; eval ce --stats dice | --stats dice;
-        eval ce --arch resnet18 | --arch resnet18; eval ce --scores energy,absent | 'absent';
-        eval ce --weights aux.npy | --weights; eval TMP/w.pt | --weights;
-        eval --ood rays=rays.npy ce | before the options; certify TMP/renamed --out none | zero;
-        certify TMP/react | energy; certify greg --images -1 | need images"""
+        train --method ce --id synthetic --device cuda:99 | device; table --runs nowhere | nowhere;
+        eval --ood rays=rays.npy ce | before the options; certify greg --images -1 | need images;
+        figure scores TMP/cut | scores.npz is damaged; eval ce --arch resnet18 | --arch resnet18;
+        eval ce --scores energy,absent | 'absent'; eval ce --weights aux.npy | --weights;
+        certify TMP/renamed --out none | zero; table 2 --margins auto | pre-trained;
+        predict TMP/stopped a.png | finished; table --runs . --methods ce | number;
+        eval ce --stats dice | --stats dice; eval TMP/renamed --out none | zero;
+        figure images --out a.pgn | .png; figure scores nowhere | nowhere; figure 3 ce | auxiliary;
+        eval ce --out ce | own folder; certify TMP/react | energy; certify nowhere | nowhere;
+        eval TMP/w.pt | --weights; figure 3 | run folders"""
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
     states = {"stopped": {k: v for k, v in state.items() if k != "gamma"}}
     states |= {"renamed": state | {"classes": ["zero", *state["classes"][1:]]}}
