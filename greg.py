@@ -1207,7 +1207,8 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, its short side made s (from 128 on s · 256 / 224), centre crop: [1,s,s,3]."""
+    """An image file, its short side made s = size (from 128 on s · 256 / 224), centre crop:
+    [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
     image, short = open_image(path), size if size < 128 else size * 256 // 224
@@ -1990,7 +1991,7 @@ def train_epoch(run: Run) -> None:
         lambda_grad /= ranks if c.reduction == "released" else 1  # / N with the N of all ranks
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
 
-        def step(x_in, y_in, x_aux, options=options):
+        def differentiate(x_in, y_in, x_aux, options=options):
             run.net.train()
             with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
                 out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
@@ -1999,8 +2000,8 @@ def train_epoch(run: Run) -> None:
             return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
 
         if c.cuda_graph and not context:  # a context is new at each step
-            step = graph = graph or Graphed(step)
-        out = step(x_in, y_in, x_aux)
+            differentiate = graph = graph or Graphed(differentiate)
+        out = differentiate(x_in, y_in, x_aux)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()
         n, K = len(y_in), len(run.train_set.classes)

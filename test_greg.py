@@ -1286,7 +1286,7 @@ def test_a_step_is_one_of_sgd_on_greg_loss_in_training_mode(method, begin, tmp_p
         weight = 1.5 * (row.gradient is not None and t % 3 == 0)
         score, aux_loss = row.gradient or greg.energy_score, getattr(more[-1], "func", None)
         assert (net, *more[:-1]) == (run.net, m_in, m_aux, row.lambda_s, weight, "released", score)
-        assert (aux_loss or greg.energy_loss) is row.loss
+        assert (aux_loss or greg.energy_loss) is row.loss and not run.sums.requires_grad
         assert len(x_in) == 16 and len(x_aux) == 16 * row.sampler.per_id
         if row.sampler.pick:
             (z, s, k, _), i = picks[t]
