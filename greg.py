@@ -1812,10 +1812,15 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     return net
 
 
+def chunk(device: torch.device) -> int:
+    """Images at once where gradients at images are taken, or signs of life are due."""
+    return 32 if device.type == "cpu" else 128  # 32 stay near a CPU's cache
+
+
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
     """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
-        parts = x.split(CHUNK if x.device.type == "cpu" else 512)  # 32 stay near a CPU's cache
+        parts = x.split(32 if x.device.type == "cpu" else 512)
         z, f = zip(*(features_and_logits(net, part) for part in parts), strict=True)
     return torch.cat(z).float(), torch.cat(f).float()
 
@@ -1830,7 +1835,6 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
 
 # ---- The loop.
 SAVE_SECONDS = 600  # between saves within an epoch
-CHUNK = 32  # images at once where gradients at images are taken, or signs of life are due
 SIGNALS = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
 
@@ -2061,7 +2065,7 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        logits, parts = embed(run.net, x)[1], bar(x.split(CHUNK), f"probe {kind}")
+        logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x.device)), f"probe {kind}")
         gradient = torch.cat([input_gradients(run.net, part) for part in parts]).mean().item()
         s[kind] = energy_score(logits)
         row |= {f"probe_s_{kind}": s[kind].mean().item(), f"probe_gradient_{kind}": gradient}
@@ -2245,8 +2249,9 @@ def evaluate(
     fit = Fit(post_hoc(c.id, c.arch, K), std)
 
     def parts(images, what):
-        for i in bar(torch.arange(len(images.x)).split(CHUNK), what):
-            yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
+        device = net.fc.weight.device
+        for i in bar(torch.arange(len(images.x)).split(chunk(device)), what):
+            yield normalise(images.pixels(i).to(device), mean, std)
 
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
@@ -2382,7 +2387,7 @@ def certify_report(
         return energy_score(net(x)).detach()
 
     def over(f, x, *args):
-        return torch.cat([f(part, *args) for part in bar(x.split(CHUNK), f.__name__)])
+        return torch.cat([f(part, *args) for part in bar(x.split(chunk(x.device)), f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
