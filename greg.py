@@ -1162,7 +1162,7 @@ def _distance(family, z, draw):
 
 def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
     """n images 32×32 of the built-in benchmark, fixed by the arguments; ValueError for no split."""
-    n = {"train": 5000, "test": 2000, "aux": 10000}.get(split, 1000) if n is None else n
+    n = {"train": 5000, "test": 1000, "aux": 10000}.get(split, 500) if n is None else n
     if split not in SYNTHETIC or n < 1:
         raise ValueError(f"{n} of {split!r}: synthetic has 1 or more of {', '.join(SYNTHETIC)}")
     g = torch.Generator().manual_seed(seed * len(SYNTHETIC) + list(SYNTHETIC).index(split))
@@ -1812,15 +1812,15 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     return net
 
 
-def chunk(device: torch.device) -> int:
-    """Images at once where gradients at images are taken, or signs of life are due."""
-    return 32 if device.type == "cpu" else 128  # 32 stay near a CPU's cache
+def chunk(device: torch.device, gpu: int = 128) -> int:
+    """Images at once: 32 stay near a CPU's cache, a GPU waits for launches (gradients: for 128)."""
+    return 32 if device.type == "cpu" else gpu
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
     """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
-        parts = x.split(32 if x.device.type == "cpu" else 512)
+        parts = x.split(chunk(x.device, 512))
         z, f = zip(*(features_and_logits(net, part) for part in parts), strict=True)
     return torch.cat(z).float(), torch.cat(f).float()
 
@@ -2364,7 +2364,8 @@ def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
         raise ValueError(f"{folder} is no finished run of greg.py train, so it has no threshold")
     config = saved_config(state["config"])
     net = load_weights(network(config.arch, len(state["net"]["fc.bias"])), folder, state)
-    return net.to(device).eval(), config, state
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    return net.to(device, memory_format=layout).eval(), config, state
 
 
 def certify_report(
@@ -2740,7 +2741,7 @@ def command_demo(args: argparse.Namespace) -> None:
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
         r = train(Config(method, id="synthetic", seed=seed, **more), folder, args.device)
-        report = certify_run(folder, args.device, 64, {}, epsilons=[0.25], n=0, local=False)
+        report = certify_run(folder, args.device, 48, {}, epsilons=[0.25], n=0, local=False)
         hit = statistics.fmean(v[0.25]["attacked"]["fpr95"] for v in report["sets"].values())
         mean, norm = r["metrics"]["energy"]["mean"], r["gradient_norm"]["id"] / 100
         row = r["accuracy"], mean["fpr95"], mean["auroc"], norm, hit, report["id_rejected"][0.25]
