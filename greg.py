@@ -1406,8 +1406,9 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
 
 
 def path_stem(name: str) -> str:
-    """The last part of a path, without the suffix of an array file; other dots stay."""
-    return re.sub(r"\.np[yz]$", "", Path(name).resolve().name)
+    """The last part of a path, without the suffix of an array file; other dots stay; never long."""
+    stem = re.sub(r"\.np[yz]$", "", Path(name).resolve().name)
+    return stem if len(stem) < 200 else f"{stem[:99]}-{hashed(stem):x}"  # 100 ImageNet classes
 
 
 def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
@@ -1442,7 +1443,8 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, classes = name.partition(":")
     if kind == "imagenet":
-        return Images(load_imagenet("aux", Path(root, kind), classes, size).x)
+        images = load_imagenet("aux", Path(root, kind), classes, size)
+        return Images(check_set(images, size, name).x)  # which are no more in order of class
     known = {"synthetic": "aux", "random300k": "random300k"}.get(name)
     images = unlabelled(known or name, "" if known else name, root, download, size, "train")
     return check_set(images, size, f"--aux {name}")
@@ -1605,7 +1607,7 @@ class Config:
     ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
-    workers: int = option(4, "processes that decode")
+    workers: int = option(4, "processes that decode ID images, and as many auxiliary ones")
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
@@ -2249,9 +2251,8 @@ def evaluate(
     fit = Fit(post_hoc(c.id, c.arch, K), std)
 
     def parts(images, what):
-        device = net.fc.weight.device
-        for i in bar(torch.arange(len(images.x)).split(chunk(device)), what):
-            yield normalise(images.pixels(i).to(device), mean, std)
+        for i in bar(torch.arange(len(images.x)).split(chunk(net.fc.weight.device)), what):
+            yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
 
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
@@ -2898,7 +2899,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "--scores": dict(help=f"comma-separated: {', '.join(SCORES)} (the method's)"),
     "images": dict(type="path", nargs="+", help="image files, or folders of them"),
     "number": dict(type=int, nargs="?", choices=PAPER, help="1 to 6 (all finished runs)"),
-    "--read": dict(action="store_true", help="print what is finished, run and write nothing"),
+    "--read": dict(action="store_true", help="print what these options have finished, run nothing"),
     "--dry-run": dict(action="store_true", help="print the runs as commands, run nothing"),
     "--seeds": dict(type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"),
     "--archs": dict(nargs="+", default=[], choices=ARCHS, help="other networks"),

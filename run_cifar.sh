@@ -43,6 +43,7 @@ find_python() { # a Python with torch: the caller's, ours, the system's, or a ne
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi
   done
+  [[ -z $dry_run ]] || { echo python3; return; } # which tells the command, not its runs
   echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
   python3 -m venv "$here/.venv" >&2 || {
     echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
@@ -62,7 +63,7 @@ job=${1:-} dry_run=${2:-}
 # glibc returns large blocks to the system as soon as they are free, and every step waits for fresh
 # pages: on a CPU up to a third of its time. Both variables are needed for it to keep them.
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_--1}
-if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
+python=${PYTHON:-$(find_python)}
 runs=${RUNS:-runs}
 
 if [[ $job == demo ]]; then

@@ -23,13 +23,13 @@ Environment variables and their defaults:
   OOD        "inaturalist sun places textures"; or name=path, separated by commas or else blanks
   ROOT       data            folder of the data sets
   RUNS       runs            folder of the results
-  WORKERS    4               decoding processes for each GPU
+  WORKERS    4               decoding processes for each GPU, of ID and as many of auxiliary images
   DOWNLOAD   empty           1: fetch the OOD sets and torchvision's DenseNet-121 where absent
   EXTRA      empty           further options of "greg.py table", such as "--amp"
 
 examples:
   IMAGENET=/data/imagenet DOWNLOAD=1 EXTRA=--amp bash run_imagenet.sh
-  IMAGENET=/data/imagenet GPUS=8 WORKERS=12 EXTRA="--amp --sync-bn" bash run_imagenet.sh
+  IMAGENET=/data/imagenet GPUS=8 WORKERS=8 EXTRA="--amp --sync-bn" bash run_imagenet.sh
 EOT
 }
 
@@ -42,6 +42,7 @@ find_python() { # a Python with torch: ours, the system's, or a new environment
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi
   done
+  [[ -z $dry_run ]] || { echo python3; return; } # which tells the command, not its runs
   echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
   python3 -m venv "$here/.venv" >&2 || {
     echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
@@ -59,7 +60,7 @@ if [[ -n ${IMAGENET:-} && -z $dry_run && ! $IMAGENET -ef $root/imagenet ]]; then
   mkdir -p "$root"
   ln -sfn "$(realpath "$IMAGENET")" "$root/imagenet"
 fi
-if [[ -n $dry_run ]]; then python=${PYTHON:-python3}; else python=${PYTHON:-$(find_python)}; fi
+python=${PYTHON:-$(find_python)}
 
 words archs "${ARCHS:-}"
 words methods "${METHODS:-}"
