@@ -43,7 +43,7 @@ find_python() { # a Python with torch: the caller's, ours, the system's, or a ne
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi
   done
-  [[ -z $dry_run ]] || { echo python3; return; } # which tells the command, not its runs
+  [[ -z $dry_run ]] || { echo "No Python with torch here to tell the runs" >&2; echo python3; return; }
   echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
   python3 -m venv "$here/.venv" >&2 || {
     echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
