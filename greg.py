@@ -1815,7 +1815,7 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
 
 
 def chunk(device: torch.device, gpu: int = 128) -> int:
-    """Images at once: 32 stay near a CPU's cache, a GPU waits for launches (gradients: for 128)."""
+    """Images at once: what stays near a CPU's cache; on a GPU enough to outlast the launches."""
     return 32 if device.type == "cpu" else gpu
 
 
