@@ -1441,10 +1441,9 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
 def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 32) -> Images:
     """Auxiliary outliers: "random300k", "synthetic", a path (see `unlabelled`), or the training
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
-    kind, _, classes = name.partition(":")
-    if kind == "imagenet":
-        images = load_imagenet("aux", Path(root, kind), classes, size)
-        return Images(check_set(images, size, name).x)  # which are no more in order of class
+    kind, _, names = name.partition(":")
+    if kind == "imagenet":  # no more in order of class
+        return Images(check_set(load_imagenet("aux", Path(root, kind), names, size), size, name).x)
     known = {"synthetic": "aux", "random300k": "random300k"}.get(name)
     images = unlabelled(known or name, "" if known else name, root, download, size, "train")
     return check_set(images, size, f"--aux {name}")
@@ -2007,6 +2006,8 @@ def train_epoch(run: Run) -> None:
 
         if c.cuda_graph and not context:  # a context is new at each step
             differentiate = graph = graph or Graphed(differentiate)
+        elif c.cuda_graph and not t:
+            remark(f"{c.method} takes plain steps: its loss is given something new at each")
         out = differentiate(x_in, y_in, x_aux)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()

@@ -1456,13 +1456,13 @@ def test_rows_recipes_and_defaults_are_those_of_the_paper_and_its_rivals():
         cosine 128 0.0005 | finetune 20 0.001 cosine 64 0.0005 | greg+ 60 0.1 5/6 64 0.0001 | mining
         100 0.1 0.5,0.75,0.9 64 0.0001 | openmix 200 0.1 0.5,0.75 128 0.0005 | greg cifar10
         random300k 32 wrn40_2 0 torchvision 20 0.001 cosine 64 0.0005 6 600000 0 -25.0 -7.0 0.1
-        1.0 paper 1 0.0 cifar10 False False False False () data False 4 600 32"""
+        1.0 paper 1 0.0 cifar10 False False False False () data False 4 600 32 128"""
     found = []
     for k, m in greg.METHODS.items():
         found += k, m.sampler.per_id, m.lambda_s, m.score, m.recipe, +m.extra_class, +bool(m[2])
     found += (v for k, recipe in greg.RECIPES.items() for v in (k, *recipe.values()))
     found += (v for v in vars(of("greg", init="torchvision")).values() if v != "")
-    found += greg.SAVE_SECONDS, greg.chunk(torch.device("cpu"))
+    found += greg.SAVE_SECONDS, *map(greg.chunk, (CPU, torch.device("cuda")))
     assert [str(v) for v in found] == expected.replace("|", "").split()
     c, shares = SimpleNamespace(lr=2.0, schedule="0.5,5/6"), (0, 29, 30, 49, 50, 59)
     rates = [greg.learning_rate(c, Fraction(share, 60)) for share in shares]
