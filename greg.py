@@ -115,7 +115,7 @@ def _bn_relu_conv(c_in, c_out, kernel, stride=1):
 
 
 def _net(layers, d, K, fan):
-    """The layers, pooled, and a head; He initialisation by "fan_in" or "fan_out", no bias."""
+    """The layers, pooled, and a head of bias 0; He initialisation by "fan_in" or "fan_out"."""
     pool = [nn.BatchNorm2d(d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = Net(nn.Sequential(*layers, *pool), d, K)
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
@@ -212,7 +212,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         {k: v for k, v in d.items() if isinstance(v, Tensor) and not k.endswith("batches_tracked")}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
-    # All top-level parts of the file, or those that we have too, or any one: which has our count?
+    # Of the file's top-level parts take all, those that we have too, or one: what has our count.
     top = {k: k.partition(".")[0] for k in (*ours, *theirs)}
     top_names = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
     fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
@@ -253,8 +253,8 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
-    In eval mode row i is ‖∇S(x_i)‖. In training mode batch norm lets s_j depend on x_i: the mask on
-    s drops masked j, that on norms masked i. s may be [N,1]. ValueError: gradients off."""
+    In eval mode it is mask_i ‖∇S(x_i)‖. In training mode batch norm lets s_j depend on x_i: where
+    mask_j = 0, s_j leaves the sum too. s may be [N,1]. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
     keep = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -333,9 +333,9 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by class. Those
-    of classes frequent among auxiliary images, prior [K], weigh more, by Z = Σ_k p_k prior_k^gamma
-    / Σ_j prior_j^gamma, and their margin moves by alpha Z."""
+    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by Z, of sum 1,
+    at margins m_aux + alpha Z: larger for classes frequent among auxiliary images, prior [K], by
+    Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma."""
     Z = f_aux.softmax(1) @ (prior**gamma / (prior**gamma).sum())
     aux = F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()
     aux = (F.normalize(Z, p=1.0, dim=0) * aux).sum()  # 0, not NaN, where every Z underflows to 0
@@ -356,16 +356,16 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
     finally:
         for m, training in modes:
             m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
-        for m, training in modes:
-            m.training = training  # whatever a second parent's did since
+        for m, training in modes:  # again: a second parent may have reset a shared child
+            m.training = training
 
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """z = h(x) [N,d] and f(x) [N,K] of any network: what its last linear layer takes and gives. f
-    is read as in `greg_loss`. ValueError if the network changes (not in place) what that gave."""
-    caught, linear = [], [m for m in net.modules() if isinstance(m, nn.Linear)]
+    """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
+    ValueError unless `net` returns that tensor, read as in `greg_loss` (in-place changes pass)."""
+    caught = []
     with contextlib.ExitStack() as hooks:
-        for m in linear:
+        for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = net(x)
     f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
@@ -413,8 +413,8 @@ def kmeans(
 def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
     next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed. Half the
-    sample is drawn ∝ squared distance to the mean, for small clusters far out (Bachem 2018)."""
-    weight = square + square.mean() + 1e-30  # equal points are as likely as each other
+    sample is drawn ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018)."""
+    weight = square + square.mean() + 1e-30  # the two halves; 1e-30: all points may be equal
     x = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(x, x).square()
     chosen, closest = [x[0]], distances[0]
@@ -428,7 +428,7 @@ def _seeds(x, square, k, generator):
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices into the candidates, given features z [N,d], scores s [N].
+    """Algorithm 1: 2k distinct indices of N candidates, given features z [N,d], scores s [N].
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
     the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
@@ -437,13 +437,13 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), math.inf, eps=1e-30)
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), p=math.inf, eps=1e-30)
     z_hat = F.normalize(z)  # line 2, of z / max |z|: squares of z may overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
         ranked = order[labels[order] == j]  # line 5: I, by score
-        chosen[ranked[[*ends]]] = True  # line 6
+        chosen[ranked[list(ends)]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
     return (lottery + 2 * chosen).topk(n).indices  # line 8: all chosen (>= 2), then by lottery
 
@@ -454,7 +454,7 @@ def dos_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None) -> Tensor:
 
 
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
-    """NTOM (Chen et al. 2021): the n samples of lowest score, p_{K+1}, after a share q of all."""
+    """NTOM (Chen et al. 2021): the n lowest scores, p_{K+1}, once the lowest share q is skipped."""
     first = int(q * len(s))
     if s.dim() != 1 or first + n > len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
@@ -463,7 +463,7 @@ def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
 
 def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[Tensor, Tensor]:
     """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features. gram = Z'Z
-    [d,d], zy = Z'y [d], variances sigma (prior) and sigma_n (noise) -> the posterior's mean [d] and
+    [d,d], zy = Z'y [d]; sigma, sigma_n are variances (prior, noise) -> the posterior's mean [d] and
     the Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
     if gram.dtype != torch.float64 or zy.dtype != torch.float64:
         raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
@@ -484,7 +484,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
 # in the units of its input. All is in float64, norms are rounded up and, by `certify`, radii down
-# by 1e-9: that covers rounding where sums do not cancel to nine digits, not lower precision's.
+# by 1e-9: that covers float64's rounding unless sums cancel, not a detector's in float32.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
@@ -494,8 +494,8 @@ Attack = namedtuple("Attack", "x s flipped distance")
 def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
-    Sound if S is lipschitz-Lipschitz on B(x, ε), which the paper's L_S = ‖∇S(x)‖ need not be for
-    OOD samples (see `ood_radius`). lipschitz, eps: numbers or [N], ValueError below 0, or for NaN.
+    Sound if S is lipschitz-Lipschitz on B(x, ε). The paper's L_S = ‖∇S(x)‖ need not be that: see
+    `id_radius`, `ood_radius`. lipschitz, eps: numbers or [N], ValueError below 0, or for NaN.
     """
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
@@ -546,7 +546,7 @@ def _layers(m):
 
 
 def _linear(m, x, f):
-    """An affine layer without its constant and with f of its weights, such as their modulus."""
+    """The linear part f(W) x of an affine layer W x + b: f the identity, modulus or square."""
     if type(m) is nn.Conv2d:
         return F.conv2d(x, f(m.weight), None, m.stride, m.padding)
     if type(m) is nn.Linear:
@@ -559,8 +559,8 @@ def _linear(m, x, f):
     return m(x)  # no weights
 
 
-def _carry(net, c, r, relu, f):
-    """Push c through `net`, and r beside it: by `_linear` with f; ReLUs map both, by `relu`."""
+def _carry(net, c, r, relu, f):  # r: c's derivatives (region), or radii around c (local)
+    """Through `net`: c by W c + b, r by f(W) r (`_linear`), both by relu(c, r) at each ReLU."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
@@ -595,10 +595,10 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """w' [C]: the map is diag(w) · g before `net`, g 1-Lipschitz, and diag(w') · g' after it.
+    """w' [C]: if the input is diag(w) g of a 1-Lipschitz g, `net` of it is diag(w') g' likewise.
 
-    ReLU, diagonal too, leaves w as it is: that makes the bound tight. Two branches' g and h join as
-    (g / t, h / u), 1-Lipschitz for any t, u with 1/t² + 1/u² = 1, which the w of each takes up."""
+    x: any input, for its shapes. ReLU leaves w, so g' = relu g. Branches diag(v) g, diag(w) h are
+    diag(t v) g/t, diag(u w) h/u: (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1; t² = 1 + ratio."""
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
@@ -631,8 +631,8 @@ def _propagate(net, x, w):
 def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
-    By h, ∇S = -Wᵀp with p = softmax(f): the last layer W counts max_i ‖W_i‖. Vacuous for deep
-    networks (by 5 to 40 powers of ten). NotImplementedError names a layer without a rule, as below.
+    As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
+    networks (by 5 to 40 powers of ten). NotImplementedError (below too): a layer without a rule.
     """
     x = [*net.parameters(), torch.zeros(())][0].new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
@@ -672,7 +672,7 @@ def _tangent(z, A, gamma):
 
 
 def id_radius(z: Tensor, A: Tensor, gamma: float) -> float:
-    """Eq. (4) with L_S = ‖∇S‖, to cap by ε̂, 0 if u = 0 is not ID. Sound: S is below its tangent."""
+    """Eq. (4) with L_S = ‖∇S‖, to cap by ε̂; 0 unless S < γ. Sound, as S is below its tangent."""
     _, _, m, slope = _tangent(z, A, gamma)
     return 0.0 if m >= 0 else -m / slope if slope else math.inf
 
@@ -681,7 +681,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     """A radius within which -LSE(z + A u) >= γ, 0 if u = 0 is not OOD; to cap by ε̂. Sound.
 
     Not |γ - S| / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
-    The larger of that with LSE(z_i + r ‖A_i‖) = -γ, and that with S - r ‖∇S‖ - R² r² / 8 = γ,
+    The larger root r of LSE(z_i + r ‖A_i‖) = -γ and of S - r ‖∇S‖ - R² r² / 8 = γ, where
     R = max_ij ‖A_i - A_j‖ (Hoeffding's lemma on LSE(z + v) - LSE(z) = log E_p e^v, p = softmax(z)).
     """
     z, A, m, slope = _tangent(z, A, gamma)
@@ -692,14 +692,14 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     for _ in range(70):
         r = (low + high) / 2
         low, high = (r, high) if torch.logsumexp(z + r * a, 0) <= -gamma else (low, r)
-    root = slope + math.sqrt(slope * slope + R * R * m / 2)
-    return max(low, 2 * m / root) if root else math.inf
+    half = (slope + math.sqrt(slope * slope + R * R * m / 2)) / 2  # m / half: the second root
+    return max(low, m / half) if half else math.inf
 
 
 # ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
 # layers give Wc and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
-    """ReLU of an interval (c, r); backward, the cotangent interval times the derivative's."""
+    """ReLU of an interval (c, r); backward, [a, b] of cotangents times [low, high] of slopes."""
 
     @staticmethod
     def forward(ctx, c, r):
@@ -719,15 +719,15 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
 
     Intervals contain all activations on the ball, so all derivatives of ReLU, so, backward, all
-    gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0: the paper's argument as a
-    theorem. Infinite where intervals overflow, as in deep networks."""
+    gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0 where no pre-activation is 0:
+    the paper's argument as a theorem. Infinite where intervals overflow, as in deep networks."""
     x = x.clone().detach().double().requires_grad_()
     layers = _layers(_exact(net, x))
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    c, r, squares = x, torch.zeros_like(x, requires_grad=True), torch.ones_like(x)
-    ends = x, r
+    r = torch.zeros_like(x, requires_grad=True)  # 0 up to the box, but a leaf: its gradient is g_r
+    c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
         m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes eps √squares
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
@@ -738,8 +738,8 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     low, high = (c - r).detach(), (c + r).detach()
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)
     most, least = (torch.where(own, -math.inf, v[:, None]).logsumexp(2) for v in (high, low))
-    low, high = (low - most).sigmoid(), (high - least).sigmoid()  # softmax_i: z_i against the rest
-    g_c, g_r = torch.autograd.grad((c, r), ends, ((low + high) / 2, (high - low) / 2))
+    low, high = (low - most).sigmoid(), (high - least).sigmoid()  # -∂S/∂z_i = σ(z_i - LSE_{j≠i} z)
+    g_c, g_r = torch.autograd.grad((c, r), inputs, ((low + high) / 2, (high - low) / 2))
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
 
@@ -765,7 +765,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
     """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
     rows = []
-    for draws in torch.arange(n).split(1024 // max(1, len(x)) or 1):
+    for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
         rows.append(score((x + sigma * noise).flatten(0, 1)).view(len(draws), len(x)))
     return torch.cat(rows).T
@@ -804,8 +804,8 @@ def attack(
     """Projected gradients on S toward the wrong side of γ within eps (ℓ2): the worst x' found.
 
     Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
-    lowers S, γ = +inf raises it, for all x. The first start is x, others are random; steps begin at
-    eps / 2, every other time at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, γ, S.
+    lowers S, +inf raises it, for all x: no flips. The first start is x, others random; steps begin
+    at eps / 2, by turns at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, γ, S.
     """
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
@@ -914,8 +914,8 @@ class PostHoc(NamedTuple):
     line_clip: float = 1.0  # likewise
 
 
-# By ID data, or ID data and network; the paper names none. ResNet-18 and WRN take LINe's values of
-# DenseNet, DenseNet-121 with ten classes those of DICE and LINe of ResNet-50 with 1,000. Most of
+# By ID data, or ID data and network; the paper gives none. Where a source has another network than
+# ours: LINe's DenseNet for ResNet-18 and WRN, DICE's and LINe's ResNet-50 for DenseNet-121. Most of
 # DenseNet-BC's features are near 0, so that ReAct's percentile would clip the rest: LINe's clip.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
@@ -934,7 +934,7 @@ def post_hoc(id_data: str, arch: str, K: int) -> PostHoc:
     return POST_HOC.get((known, arch), POST_HOC[known])
 
 
-# PostHoc p, std of pixels, K-class head W, b; and, fitted: clip (ReAct), mask (DICE), masks (LINe).
+# PostHoc p, std of pixels; where fitted: K-class head W, b, clip (ReAct), mask (DICE), masks (LINe)
 Fit = namedtuple("Fit", "p std W b clip mask masks", defaults=[None] * 5)
 
 
@@ -983,9 +983,8 @@ def _vector(s):
 
 
 def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
-    """γ: the smallest value of s_in at or below which a share of at least tpr of s_in falls, the
-    ⌈tpr·n⌉-th smallest, as `predict` can use it: no interpolation. ValueError unless tpr is in
-    (0, 1] and s_in, as for all metrics, a vector without NaN."""
+    """γ: the ⌈tpr·n⌉-th smallest of s_in: a share of at least tpr is at or below it. ValueError
+    unless tpr is in (0, 1] and s_in, as for all metrics, a vector without NaN."""
     s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # 19/20 exactly
     if not 0 < share <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr}")
@@ -993,7 +992,7 @@ def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
 
 
 def fpr_at_tpr(s_in: Tensor, s_out: Tensor, tpr: float = 0.95) -> float:
-    """FPR95: the share of OOD accepted (s <= γ, which accepts 95 % of ID), ties against us."""
+    """FPR95: the share of OOD accepted (s <= γ, as are at least 95 % of ID), ties against us."""
     return (_vector(s_out) <= threshold(s_in, tpr)).double().mean().item()
 
 
@@ -1005,7 +1004,7 @@ def auroc(s_in: Tensor, s_out: Tensor) -> float:
 
 
 def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
-    """Average precision, low scores positive, Σ (R_i - R_{i-1}) P_i: it depends on both counts."""
+    """Average precision Σ (R_i - R_{i-1}) P_i, low scores positive: mean P_i over the positives."""
     s_pos, s_neg = _vector(s_pos).sort().values, _vector(s_neg).sort().values
     tp, fp = (torch.searchsorted(s, s_pos, right=True).double() for s in (s_pos, s_neg))
     return (tp / (tp + fp)).mean().item()
