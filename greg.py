@@ -39,7 +39,6 @@ import statistics
 import sys
 import threading
 import time
-import weakref
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1078,15 +1077,15 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
     progress = tqdm(items, what, **options)
 
-    def tick(bars, shown=True):  # the clock goes on in a long step too, until the bar is closed
-        while shown:
+    def tick():  # the clock goes on in a long step too, until the bar is closed
+        while not progress.disable:
             time.sleep(0.5)
             with tqdm.get_lock():
-                # delay=0: close() then erases this. update() is None; refresh() too, once closed.
-                shown = any(vars(it).update(delay=0) or it.refresh(nolock=True) for it in bars)
+                progress.delay = 0  # so that close() erases what this has shown
+                progress.refresh(nolock=True)
 
     if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
-        threading.Thread(target=tick, args=(weakref.WeakSet([progress]),), daemon=True).start()
+        threading.Thread(target=tick, daemon=True).start()
     return progress
 
 
@@ -1340,29 +1339,26 @@ def published(name: str, root: str | Path, download: bool) -> Any:
     first process fetches it, only if asked, md5 checked. FileNotFoundError if not there whole."""
     from torchvision import datasets
 
-    def get(fetching):
+    (rank, ranks), parts = world(), ("test",) if name == "svhn" else (True, False)
+    download = download and rank == 0
+    try:
+        if rank > 0:  # until the first process has it
+            torch.distributed.barrier()
         if name not in SOURCES:
-            parts = ("test",) if name == "svhn" else (True, False)
-            return [getattr(datasets, name.upper())(str(root), p, download=fetching) for p in parts]
+            return [getattr(datasets, name.upper())(str(root), p, download=download) for p in parts]
         url, md5, target, _ = (None if v == "-" else v for v in SOURCES[name])
         path, file, web = Path(root, target), Path(url.partition("?")[0]).name, datasets.utils
-        if fetching and not path.exists():
+        if download and not path.exists():
             fetch = web.download_url if target == file else web.download_and_extract_archive
             fetch(url, str(root), filename=file, md5=md5)
         if not path.is_dir() and not web.check_integrity(path, md5):
             raise OSError(f"{path}, of {url}, is absent, or damaged: then delete it")
         return path
-
-    try:
-        try:
-            if download and world()[0] == 0:
-                get(True)
-        finally:
-            if world()[1] > 1:
-                torch.distributed.barrier()
-        return get(False)
     except (OSError, RuntimeError) as e:
         raise FileNotFoundError(f"{name} is not whole below {root}: {e}; try --download") from None
+    finally:
+        if rank == 0 and ranks > 1:
+            torch.distributed.barrier()
 
 
 def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
@@ -1496,7 +1492,7 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """POEM's outliers of the epoch: the n nearest to a boundary drawn at random."""
+    """POEM's outliers of the epoch, not by rank: the n nearest to a boundary drawn at random."""
     # It is regressed on the ID images (target -3), once for each epoch remembered, and on the
     # outliers of the last four epochs (target 3), by the features of now.
     buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
@@ -1508,8 +1504,7 @@ def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
         zy += times * target * z.sum(0)
     beta = poem_draw(*poem_posterior(gram, zy), generator)
     z = embed_images(run, run.aux_set, order)[0]
-    nearest = (z @ beta.to(z.dtype)).abs().argsort(stable=True)[:n]
-    chosen = order[nearest.sort().values]  # in the random order, not the nearest first
+    chosen = order[(z @ beta.to(z.dtype)).abs().argsort(stable=True)[:n].sort().values]
     run.memory["buffer"] = torch.cat([buffer, chosen])[-4 * n :]
     return chosen
 
@@ -1689,9 +1684,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         if keep and path.exists():
-            with contextlib.suppress(OSError):  # where there are no links, none stays
-                os.link(path, old := temporary.with_suffix(".old"))
-                os.replace(old, path.with_name(keep))
+            shutil.copyfile(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); the old is intact") from e
@@ -1740,23 +1733,13 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], where: Any) -> 
         raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
 
 
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's log.jsonl; ValueError for a damaged one."""
-    path = folder / "log.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    except ValueError:
-        raise ValueError(f"{path} is damaged: delete the line that is no JSON") from None
-
-
 @contextlib.contextmanager
 def interrupts(run: Run) -> Iterator[None]:
     """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; then Ctrl-C stops at once."""
 
     def stop(number: int, frame: object) -> None:
-        if run.stopped_by and number == signal.SIGINT:  # schedulers send the others twice
-            raise KeyboardInterrupt
         run.stopped_by = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # schedulers send the others twice
 
     with contextlib.ExitStack() as before:
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
@@ -1785,20 +1768,15 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 # ---- The network.
-def network(arch: str, K: int, seed: int = 0) -> Net:
-    """A network of K outputs, initialised by the seed; the caller's generator stays as it is."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ARCHS[arch](K)
-
-
+@torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
     K = len(classes)
-    net = network(c.arch, K + METHODS[c.method].extra_class, c.seed)
+    torch.manual_seed(c.seed)
+    net = ARCHS[c.arch](K + METHODS[c.method].extra_class)
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
-        net.features = load_weights(network(c.arch, 1000), weights).features
+        net.features = load_weights(ARCHS[c.arch](1000), weights).features
     elif c.init:
         saved = stored(c.init)
         check_classes(saved, classes, c.init)
@@ -1806,7 +1784,7 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
         if (trained := saved.get("size", size)) != size:
             remark(f"warning: {c.init} was trained on images of {trained}×{trained}, not {size}")
-        start = load_weights(network(c.arch, K), Path(c.init).expanduser(), saved)
+        start = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
     return net
@@ -1820,9 +1798,8 @@ def chunk(device: torch.device, gpu: int = 128) -> int:
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
     """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
-        parts = x.split(chunk(x.device, 512))
-        z, f = zip(*(features_and_logits(net, part) for part in parts), strict=True)
-    return torch.cat(z).float(), torch.cat(f).float()
+        pairs = [features_and_logits(net, part) for part in x.split(chunk(x.device, 512))]
+    return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
 
 
 def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1855,6 +1832,7 @@ class Run:
     epoch: int = 0
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)  # of samplers and losses
+    rows: list[dict[str, float]] = field(default_factory=list)  # of log.jsonl
     stopped_by: int = 0  # number of the signal
     saved_at: float = field(default_factory=time.time)
 
@@ -1888,8 +1866,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         sgd.load_state_dict(state["optimizer"])
         sums += state["sums"].to(device)
         run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux")})
-        run.epoch, run.step, run.memory = (state[k] for k in ("epoch", "step", "memory"))
-        return run
+        return replace(run, **{k: state[k] for k in ("epoch", "step", "memory", "rows")})
     row = log(run, {"epoch": 0})
     if c.margins and aux:
         # The start's means, as the energy authors advise, m_aux at least the paper's ratio up.
@@ -1898,15 +1875,14 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
-    content = json.dumps(asdict(run.config) | environment(device), indent=1)
-    write_atomically(folder / "config.json", content)
+    write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
     return run
 
 
 def save(run: Run, **more: Any) -> None:
     """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
     ids, n_aux = run.train_set, len(run.aux_set.x) if run.aux_set else 0
-    state = {k: getattr(run, k) for k in ("memory", "epoch", "step", "sums")} | more
+    state = {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")} | more
     state |= {"config": asdict(run.config), "classes": list(ids.classes), "n_aux": n_aux}
     state |= {"labels": hashed(ids.y.tolist()), "size": ids.x.shape[1], "net": run.net.state_dict()}
     content = io.BytesIO()  # torch.save to a full disk would raise no OSError
@@ -1969,11 +1945,15 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def average(t: Tensor) -> Tensor:
-    """`t` itself, turned into its mean over all processes."""
-    if world()[1] > 1:
+    """The mean of t over all processes, with all its derivatives, which are such means too."""
+
+    def mean(t):
+        t = t / world()[1]
         torch.distributed.all_reduce(t)
-        t /= world()[1]
-    return t
+        return [t]
+
+    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # a class: never over
+    return _Fast.apply(*rule, t) if world()[1] > 1 else t
 
 
 def train_epoch(run: Run) -> None:
@@ -1982,8 +1962,9 @@ def train_epoch(run: Run) -> None:
     m_in, m_aux = method.margins or (c.m_in, c.m_aux)
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
-    progress, looked, graph = bar(None, what, total=run.steps, initial=run.step), began, None
-    for x_in, y_in, x_aux in batches(run):
+    progress = bar(batches(run), what, total=run.steps, initial=run.step)
+    looked, graph = began, None
+    for x_in, y_in, x_aux in progress:
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
@@ -2016,12 +1997,11 @@ def train_epoch(run: Run) -> None:
         terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares
         run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()):
-            average(statistic)  # so that all processes score alike
+            statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
         if ranks > 1 or run.stopped_by or time.time() > looked + 1:
             look(run, progress)
             looked = time.time()
-    progress.close()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
 
 
@@ -2034,7 +2014,6 @@ def look(run: Run, progress: Any) -> dict[str, float]:
         raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")  # not the sum
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
-    progress.update(run.step - progress.n)
     stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()
     if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
@@ -2054,7 +2033,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
     row = log(run, row | {"epoch": run.epoch})
     save(run)
     how = "" if c.margins or method.loss is not energy_loss else "; --margins auto suits others"
-    fell = read_log(run.folder)[0]["probe_accuracy"] - row["probe_accuracy"]
+    fell = run.rows[0]["probe_accuracy"] - row["probe_accuracy"]
     if c.init and fell > 0.1:
         remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
     if method.gradient and c.lambda_grad and max(row["share_in"], row["share_aux"]) < 0.02:
@@ -2078,9 +2057,8 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
     if not all(map(math.isfinite, row.values())):  # `look` saw no loss of the last step's weights
         raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
-    # A run that was resumed replaces the rows after its checkpoint.
-    rows = [*(r for r in read_log(run.folder) if r["epoch"] < row["epoch"]), row]
-    write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows))
+    run.rows = [*(r for r in run.rows if r["epoch"] < row["epoch"]), row]
+    write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run.rows))
     return row
 
 
@@ -2215,12 +2193,6 @@ class Graphed:
         return self.out
 
 
-def shared(t: Tensor) -> Tensor:
-    """The mean of t over all processes, with all its derivatives, which are such means too."""
-    mean, at_t = lambda t: [average(t.clone())], lambda taking, g: [shared(g)]
-    return _Fast.apply(FastDoubleBackward, 0, mean, at_t, t)  # the class: a mode that is never over
-
-
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, of equal size, twice differentiable."""
 
@@ -2228,14 +2200,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            mean = shared(wide.mean(**over))
-            var = shared((wide - mean).square().mean(**over))
-            self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
-            self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
-            factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
-            return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # which autocast leaves as it is
+        mean = average(wide.mean(**over))
+        var = average((wide - mean).square().mean(**over))
+        self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
+        self.running_var.lerp_(var.detach().flatten() * (n / (n - 1)), self.momentum)
+        factor = self.weight[:, None, None] * (var + self.eps).rsqrt()
+        return ((wide - mean) * factor + self.bias[:, None, None]).to(x.dtype)
 
 
 # ==================================================================================================
@@ -2248,11 +2219,11 @@ def evaluate(
     """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean;
     the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And the raw scores, by "score/set"."""
     (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
-    fit = Fit(post_hoc(c.id, c.arch, K), std)
+    fit, device = Fit(post_hoc(c.id, c.arch, K), std), net.fc.weight.device
 
     def parts(images, what):
-        for i in bar(torch.arange(len(images.x)).split(chunk(net.fc.weight.device)), what):
-            yield normalise(images.pixels(i).to(net.fc.weight.device), mean, std)
+        for i in bar(torch.arange(len(images.x)).split(chunk(device)), what):
+            yield normalise(images.pixels(i).to(device), mean, std)
 
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
@@ -2264,22 +2235,24 @@ def evaluate(
             f = f[:, :K]
             with eval_mode(net):
                 rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
-        classes, *scores = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
-        raw |= {f"{name}/{key}": s for name, s in zip(names, scores, strict=True)}
+        columns = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
+        raw |= {f"{name}/{key}": v for name, v in zip(("class", *names), columns, strict=True)}
         few = parts(images.take(slice(1000)), f"‖∇S‖ {key}")
         norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
-        if key == "id":
-            accuracy = (classes == images.y.cpu()).double().mean().item()
+    accuracy = (raw["class/id"] == test_set.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
         remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats, or other labels?")
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
     for sets in metrics.values():
         sets["mean"] = {k: statistics.fmean(m[k] for m in sets.values()) for k in keys}
-    gamma = {name: threshold(raw[f"{name}/id"]) for name in names}
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     results = {"config": asdict(c), "score": METHODS[c.method].score, "accuracy": accuracy}
-    results |= {"gamma": gamma, "gradient_norm": norms, "metrics": metrics}
-    return results | environment(net.fc.weight.device), raw
+    results |= {"gamma": {n: threshold(raw[f"{n}/id"]) for n in names}, "metrics": metrics}
+    results |= {"gradient_norm": norms, "device": name, "processes": world()[1], "argv": sys.argv}
+    results |= {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
+    return results, raw
 
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
@@ -2324,14 +2297,6 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     return results
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What produced a result besides its configuration."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    version = {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
-    return version | {"device": name, "processes": world()[1], "argv": shlex.join(sys.argv)}
-
-
 def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) -> None:
     """scores.npz, results.md, and last results.json, which marks a run as finished."""
     import numpy as np
@@ -2339,7 +2304,7 @@ def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) 
     arrays = io.BytesIO()
     np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
     write_atomically(folder / "scores.npz", arrays.getbuffer())
-    write_atomically(folder / "results.md", results_table([results], markdown))
+    write_atomically(folder / "results.md", results_table([results], file=True))
     write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
     if world()[1] > 1:  # another run may start from these files
         torch.distributed.barrier()
@@ -2364,15 +2329,14 @@ def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
     if "gamma" not in state:
         raise ValueError(f"{folder} is no finished run of greg.py train, so it has no threshold")
     config = saved_config(state["config"])
-    net = load_weights(network(config.arch, len(state["net"]["fc.bias"])), folder, state)
+    net = load_weights(ARCHS[config.arch](len(state["net"]["fc.bias"])), folder, state)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     return net.to(device, memory_format=layout).eval(), config, state
 
 
 def certify_report(
-    net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor],
-    epsilons: Sequence[float] = (0.05, 0.1, 0.25, 0.5), sigma: float = 0.1, n: int = 500,
-    alpha: float = 0.001, local: bool = True, gamma: float | None = None,
+    net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor], epsilons=(0.05, 0.1, 0.25, 0.5),
+    sigma=0.1, n=500, alpha=0.001, local=True, gamma: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
@@ -2428,27 +2392,21 @@ def certify_report(
 
 
 # ---- Tables.
-def markdown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    rows = header, ["---"] * len(header), *rows
-    cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
-
-
-def shown(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
     """A table for a terminal, padded, in blocks as wide as it, constants on top; else Markdown."""
-    if not (sys.stdout and sys.stdout.isatty()):
-        return markdown(header, rows)
-    first, *columns = ([str(v) for v in column] for column in zip(header, *rows, strict=True))
-    same = [c for c in columns if len(rows) > 1 and len({*c[1:]}) == 1]
-    text, blocks = "".join(f"{c[0]}: {c[1]}\n" for c in same), [[]]
-    for column in (first, *(c for c in columns if c not in same)):
-        padded = [v.ljust(max(map(len, column)) + 2) for v in column]
-        if sum(len(c[0]) for c in (*blocks[-1], padded)) > shutil.get_terminal_size().columns:
-            blocks.append(blocks[0][:1])
-        blocks[-1].append(padded)
-    lines = (v for block in blocks for v in zip(*block, strict=True))
-    return text + "".join("".join(v).rstrip() + "\n" for v in lines)
+    if file or not (sys.stdout and sys.stdout.isatty()):
+        rows = header, ["---"] * len(header), *rows
+        cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
+        return "".join(f"| {' | '.join(row)} |\n" for row in cells)
+    columns = [[str(v) for v in column] for column in zip(header, *rows, strict=True)]
+    same = [c for c in columns[1:] if len(rows) > 1 and len({*c[1:]}) == 1]
+    first, *others = ([v.ljust(max(map(len, c)) + 2) for v in c] for c in columns if c not in same)
+    blocks = [[f"{c[0]}: {c[1]}" for c in same], first]
+    for column in others:
+        if len(blocks[-1][0] + column[0]) > shutil.get_terminal_size().columns:
+            blocks.append(first)
+        blocks[-1] = [a + b for a, b in zip(blocks[-1], column, strict=True)]
+    return "".join(line.rstrip() + "\n" for line in itertools.chain(*blocks))
 
 
 def mean_std(values: Sequence[float]) -> str:
@@ -2457,7 +2415,7 @@ def mean_std(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.2f}{deviation}"
 
 
-def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] = shown) -> str:
+def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     """A table for each ID data and choice of OOD sets, a row a method, or set of its options. Runs
     that differ in seed alone (and what follows from it) are one row, the last of each seed."""
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
@@ -2483,71 +2441,63 @@ def results_table(results: Sequence[dict[str, Any]], table: Callable[..., str] =
             cells = (" / ".join(map(mean_std, figures)) for figures in columns)
             lines.append([", ".join(label), c.arch, c.aux or "none", len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
-        text += table([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines)
+        text += shown([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines, file)
         text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
     return text
 
 
-# The paper's tables: number, rows "| label method score cells", the cells as in COLUMNS.
+# The paper's tables: "number data networks sets metrics", whose product is the columns, then rows
+# "label method score figures".
 _PAPER = """
-1 | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7 | ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
-| Energy_score ce energy 39.32 92.24 33.4 91.76 28.99 94.09
-| ReAct ce react 39.44 92.30 37.54 91.49 25.83 95.27 | DICE ce dice 42.40 91.25 34.12 91.74 26.37 94.61
-| LINe ce line 45.25 90.59 36.27 90.2 14.84 96.95 | OE oe msp 19.92 95.71 21.12 95.55 21.76 95.8
-| Energy_loss energy energy 11.14 97.53 13.11 97.14 11.26 97.43
-| OpenMix openmix msp 22.24 96.26 21.92 96 22.86 95.65 | GReg greg energy 7.9 97.95 7.95 98.1 7.93 98.12
-2 | MSP ce msp 74.66 80.10 80.39 75.37 85.87 68.78 | ODIN ce odin 64.00 84.33 67.95 79.86 69.97 81.55
-| Energy_score ce energy 68.46 84.15 74.15 79.26 78.91 76.12
-| ReAct ce react 59.38 87.59 70.65 80.2 76.27 80.1 | DICE ce dice 77.29 80.35 72.32 79.62 69.80 80.50
-| LINe ce line 72.09 82.93 67.5 80.9 35.16 88.72 | OE oe msp 77.32 63.89 74.22 65.70 60.52 84.21
-| Energy_loss energy energy 62.77 84.05 65.62 80.18 64.37 83.86
-| POEM poem energy 61.11 82.43 62.58 79.74 59.33 79.81
-| OpenMix openmix msp 59.64 88.09 73.12 79.23 67.29 84.47
-| DOS dos absent 54.62 88.30 45.26 90.76 34.92 93.22
-| GReg greg energy 59.6 82.92 58.26 86.56 56.29 87.35
-| GReg+ greg+ energy 50.78 88.75 48.12 91.02 30.55 93.38
-3 | MSP ce msp 62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87
-| ODIN ce odin 48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66
-| Energy_score ce energy 54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59
-| ReAct ce react 51.88 91.52 52.48 90.81 49.56 90.92 64.61 83.77 54.63 89.25
-| DICE ce dice 32.86 93.6 41.35 92.9 45.82 91.58 65.2 78.61 46.3 89.17
-| LINe ce line 29.47 93.77 37.29 92.85 38.85 92.16 52.32 86.38 39.48 91.29
-| OE oe msp 34.56 92.75 54.63 89.75 54.86 89.05 76.2 75.55 55.06 86.78
-| Energy_loss energy energy 18.44 95.91 50.19 90.37 49.32 90.47 62.96 77.78 45.23 88.63
-| DOS dos absent 61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97
-| GReg greg energy 29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13
-| GReg+ greg+ energy 24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06
-4 | OE oe msp 21.76 95.8 60.52 84.21 | OE_+_Grad oe+grad msp 18.79 96.32 62.54 84.71
-| Energy energy energy 11.26 97.43 64.37 83.86 | Energy_+_Grad greg energy 7.93 98.12 56.29 87.35
-| POEM poem energy 29.15 94.18 59.33 79.81 | POEM_+_Grad poem+grad energy 23.87 95.41 47.94 86.63
-5 | POEM poem energy 59.33 79.81 | DOS dos absent 34.92 93.22
-| Energy_only_clustering energy+sampling energy 31.77 93.20 | GReg+ greg+ energy 30.55 93.38
-6 | Clean ce energy 94.84 94.03 | Energy_loss energy energy 88.15 91.82 | GReg greg energy 89.55 92.14
-| DOS dos absent 78.90 87.06 | GReg+ greg+ energy 83.06 89.89
+1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7
+ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
+Energy_score ce energy 39.32 92.24 33.4 91.76 28.99 94.09
+ReAct ce react 39.44 92.30 37.54 91.49 25.83 95.27 | DICE ce dice 42.40 91.25 34.12 91.74 26.37 94.61
+LINe ce line 45.25 90.59 36.27 90.2 14.84 96.95 | OE oe msp 19.92 95.71 21.12 95.55 21.76 95.8
+Energy_loss energy energy 11.14 97.53 13.11 97.14 11.26 97.43
+OpenMix openmix msp 22.24 96.26 21.92 96 22.86 95.65 | GReg greg energy 7.9 97.95 7.95 98.1 7.93 98.12
+2 cifar100 resnet18,wrn40_2,densenet100 mean fpr95,auroc
+MSP ce msp 74.66 80.10 80.39 75.37 85.87 68.78 | ODIN ce odin 64.00 84.33 67.95 79.86 69.97 81.55
+Energy_score ce energy 68.46 84.15 74.15 79.26 78.91 76.12
+ReAct ce react 59.38 87.59 70.65 80.2 76.27 80.1 | DICE ce dice 77.29 80.35 72.32 79.62 69.80 80.50
+LINe ce line 72.09 82.93 67.5 80.9 35.16 88.72 | OE oe msp 77.32 63.89 74.22 65.70 60.52 84.21
+Energy_loss energy energy 62.77 84.05 65.62 80.18 64.37 83.86
+POEM poem energy 61.11 82.43 62.58 79.74 59.33 79.81
+OpenMix openmix msp 59.64 88.09 73.12 79.23 67.29 84.47
+DOS dos absent 54.62 88.30 45.26 90.76 34.92 93.22 | GReg greg energy 59.6 82.92 58.26 86.56 56.29 87.35
+GReg+ greg+ energy 50.78 88.75 48.12 91.02 30.55 93.38
+3 imagenet densenet121 inaturalist,sun,places,textures,mean fpr95,auroc
+MSP ce msp 62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87
+ODIN ce odin 48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66
+Energy_score ce energy 54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59
+ReAct ce react 51.88 91.52 52.48 90.81 49.56 90.92 64.61 83.77 54.63 89.25
+DICE ce dice 32.86 93.6 41.35 92.9 45.82 91.58 65.2 78.61 46.3 89.17
+LINe ce line 29.47 93.77 37.29 92.85 38.85 92.16 52.32 86.38 39.48 91.29
+OE oe msp 34.56 92.75 54.63 89.75 54.86 89.05 76.2 75.55 55.06 86.78
+Energy_loss energy energy 18.44 95.91 50.19 90.37 49.32 90.47 62.96 77.78 45.23 88.63
+DOS dos absent 61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97
+GReg greg energy 29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13
+GReg+ greg+ energy 24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06
+4 cifar10,cifar100 densenet100 mean fpr95,auroc | OE oe msp 21.76 95.8 60.52 84.21
+OE_+_Grad oe+grad msp 18.79 96.32 62.54 84.71 | Energy energy energy 11.26 97.43 64.37 83.86
+Energy_+_Grad greg energy 7.93 98.12 56.29 87.35 | POEM poem energy 29.15 94.18 59.33 79.81
+POEM_+_Grad poem+grad energy 23.87 95.41 47.94 86.63
+5 cifar100 densenet100 mean fpr95,auroc | POEM poem energy 59.33 79.81 | DOS dos absent 34.92 93.22
+Energy_only_clustering energy+sampling energy 31.77 93.20 | GReg+ greg+ energy 30.55 93.38
+6 cifar10 wrn40_2,densenet100 ID accuracy | Clean ce energy 94.84 94.03
+Energy_loss energy energy 88.15 91.82 | GReg greg energy 89.55 92.14 | DOS dos absent 78.90 87.06
+GReg+ greg+ energy 83.06 89.89
 """  # noqa: E501
-_TEXTS = (text.split("|") for text in re.split(r"\n(?=\d)", _PAPER.strip()))
-PAPER = {int(number): [row.split() for row in rows] for number, *rows in _TEXTS}
-# Columns of each table: (ID data, network, OOD set or "", metric).
-_NETS, _BOTH = ("resnet18", "wrn40_2", "densenet100"), ("fpr95", "auroc")
-COLUMNS = {
-    1: [("cifar10", arch, "mean", m) for arch in _NETS for m in _BOTH],
-    2: [("cifar100", arch, "mean", m) for arch in _NETS for m in _BOTH],
-    3: [("imagenet", "densenet121", key, m) for key in (*IMAGENET_OOD, "mean") for m in _BOTH],
-    4: [(data, "densenet100", "mean", m) for data in ("cifar10", "cifar100") for m in _BOTH],
-    5: [("cifar100", "densenet100", "mean", m) for m in _BOTH],
-    6: [("cifar10", arch, "", "accuracy") for arch in ("wrn40_2", "densenet100")],
-}
+_TABLES = [re.split(r"[|\n]", text) for text in re.split(r"\n(?=\d)", _PAPER.strip())]
+PAPER = {int(head.split()[0]): [row.split() for row in rows] for head, *rows in _TABLES}
+_HEADS = ([words.split(",") for words in head.split()] for head, *_ in _TABLES)
+COLUMNS = {int(number): [*itertools.product(*words)] for (number,), *words in _HEADS}
 
 
-def table_columns(number: int, id_data: str = "", archs: Sequence[str] = ()) -> list[tuple]:
-    """The columns of a table, on other ID data or other networks where these are given."""
-    columns = [(c[0], a, *c[2:]) for a in archs for c in COLUMNS[number]] or COLUMNS[number]
-    return [*dict.fromkeys((id_data or c[0], *c[1:]) for c in columns)]
-
-
-def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), table=markdown) -> str:
+def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file=True) -> str:
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
-    columns, rows, notes = table_columns(number, id_data, archs), [], set()
+    columns = ((id_data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
+    columns, rows, notes = [*dict.fromkeys(columns)], [], set()
     sets = {", ".join([*r["gradient_norm"]][1:]) for r in results}
     if len(sets) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
@@ -2556,7 +2506,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
         for *wanted, key, metric in columns:
             values, theirs = [], paper.get((*wanted, key, metric))
             for r in results:
-                c, cells = r["config"], r["metrics"].get(score, {}) | {"": r}
+                c, cells = r["config"], r["metrics"].get(score, {}) | {"ID": r}
                 if [c["id"], c["arch"], c["method"]] == [*wanted, method] and key in cells:
                     values.append(cells[key][metric])
                     note = f"- {method}: ID {c['id']} ({c['n_train'] or 'all'}), auxiliary "
@@ -2567,13 +2517,14 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), tabl
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
     text = f"Ours in %, mean ± std over seeds (the paper's Table {number}).\n"
-    return f"{table(header, rows)}\n{text}{''.join(sorted(notes))}"
+    return f"{shown(header, rows, file)}\n{text}{''.join(sorted(notes))}"
 
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
     given, methods = chosen(args), args.methods or [row[1] for row in PAPER[args.number]]
-    pairs = {c[:2]: 0 for c in table_columns(args.number, given.get("id", ""), args.archs)}
+    columns = itertools.product(args.archs or [""], COLUMNS[args.number])
+    pairs = dict.fromkeys((given.get("id") or c[0], arch or c[1]) for arch, c in columns)
     runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
     for (data, arch), seed, method in itertools.product(pairs, args.seeds, starts + methods):
         c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
@@ -2606,12 +2557,12 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
 
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
-    """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's log.jsonl."""
+    """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's checkpoint."""
     panels = {"energy loss, Eq. (1)": {}, "mean ‖∇S‖ on ID images": {}}
     for folder in folders:
-        rows = [row for row in read_log(folder) if "probe_energy" in row]
+        rows = [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]
         if not rows:
-            raise ValueError(f"{folder} has no log.jsonl of a run with auxiliary data")
+            raise ValueError(f"{folder} has no log of a run with auxiliary data")
         for lines, key in zip(panels.values(), ("probe_energy", "probe_gradient_in"), strict=True):
             lines[str(folder)] = [(row["epoch"], row[key]) for row in rows]
     curves(panels, path, "epoch")
@@ -2786,7 +2737,7 @@ def command_eval(args: argparse.Namespace) -> None:
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, source)
-        net = network(c.arch, len(test_set.classes) + METHODS[c.method].extra_class)
+        net = ARCHS[c.arch](len(test_set.classes) + METHODS[c.method].extra_class)
         net = load_weights(net, source, state).to(args.device)
         results, raw = evaluate(net, train_set, test_set, ood, c, names)
         say(results_table([results]))
@@ -2842,7 +2793,7 @@ def command_table(args: argparse.Namespace) -> None:
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if not args.dry_run:
         ours = args.number, results, chosen(args).get("id", ""), args.archs
-        say(paper_table(*ours, shown))
+        say(paper_table(*ours, file=False))
         if not args.read:
             write_atomically(args.runs / f"table_{args.number}.md", paper_table(*ours))
 
@@ -2872,12 +2823,10 @@ def command_certify(args: argparse.Namespace) -> None:
 
 def command_figure(args: argparse.Namespace) -> None:
     """draw Figure 1, Figure 3, histograms of the scores, or the built-in images"""
-    from matplotlib.backend_bases import FigureCanvasBase
-
     out = args.out or Path(f"figure_{args.which}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix[1:].lower() not in (kinds := FigureCanvasBase.filetypes):
-        raise ValueError(f"--out {out} ends in none of .{', .'.join(kinds)}")
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--out {out} ends in none of .png, .pdf, .svg")
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
     if of_runs and not args.folders:
@@ -2985,10 +2934,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as e:
         if os.environ.get("GREG_DEBUG"):
             raise
-        reason, code = " ".join(str(e).split())[:600], 2
         known = ValueError, OSError, FloatingPointError, ImportError, NotImplementedError
-        if not isinstance(e, known):
-            reason = f"{type(e).__name__}: {reason} (GREG_DEBUG=1 shows where)"
+        kind = "" if isinstance(e, known) else f"{type(e).__name__} (GREG_DEBUG=1 shows where): "
+        reason, code = kind + " ".join(str(e).split())[:600], 2
     finally:
         if world()[1] > 1:
             torch.distributed.destroy_process_group()

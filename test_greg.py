@@ -1149,7 +1149,7 @@ def test_cifar_and_svhn_are_torchvisions_and_places365_is_cut(tmp_path, monkeypa
     monkeypatch.setattr(torch.distributed, "barrier", lambda: calls.append("wait"))
     greg.load_id("cifar10", root, download=True)
     one, two = ([(root, part, do) for part in (True, False)] for do in (True, False))
-    assert calls == [*one, *two, (root, "test", False), "wait", *two] and svhn.is_contiguous()
+    assert calls == [*one, (root, "test", False), "wait", *two] and svhn.is_contiguous()
     monkeypatch.setattr(greg, "world", lambda: (0, 2))  # who fails to fetch keeps none waiting
     monkeypatch.setattr("torchvision.datasets.SVHN", lambda *_, **k: os.stat("no network"))
     refuses(lambda: greg.load_ood(["svhn"], root, True), "svhn", error=FileNotFoundError)
@@ -1303,7 +1303,7 @@ def test_a_step_is_one_of_sgd_on_greg_loss_in_training_mode(method, begin, tmp_p
         hits = out.logits[:16, :4].argmax(1) == y_in, s_in <= m_in, s_aux >= m_aux
         terms.append([v.item() for v in out[:4]] + [v.sum() / (len(v) or 1) for v in hits])
     torch.testing.assert_close(run.net.state_dict(), twin.state_dict(), rtol=0.01, atol=0.005)
-    last, means = greg.read_log(tmp_path)[-1], np.mean(terms[4:], 0).tolist()
+    last, means = run.rows[-1], np.mean(terms[4:], 0).tolist()
     means[3] *= 3  # of the steps that take the gradient term, one in three
     assert [last[k] for k in ("epoch", *greg.TERMS)] == pytest.approx([2, *means], rel=1e-4)
 
@@ -1443,7 +1443,7 @@ def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monke
     first, second, third = ([greg.stored(d)[k] for k in ("net", "memory")] for d in (a, b, c))
     exactly(first, second)
     assert not torch.equal(first[0]["fc.weight"], third[0]["fc.weight"])
-    for row, other in zip(greg.read_log(a), greg.read_log(b), strict=True):
+    for row, other in zip(*(greg.stored(d)["rows"] for d in (a, b)), strict=True):
         assert row | {"seconds": 0} == pytest.approx(other | {"seconds": 0})
 
 
@@ -1542,8 +1542,6 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
         path.write_bytes(content)
         refuses(again, str(path))
     refuses(lambda: path.rename(f"{path}.pt") and again(), str(path), error=FileNotFoundError)
-    (folder / "log.jsonl").write_text('{"epoch": 0}\n{"epo')
-    refuses(lambda: greg.read_log(folder), "log.jsonl", "no JSON")
     torch.save(state["net"], path)  # a public file
     assert greg.stored(folder) == greg.stored(path) == {}
     refuses(again, "no run's")
@@ -1583,16 +1581,17 @@ def test_the_log_has_figure_3_and_only_what_there_is(begin, tmp_path):
         with torch.autocast("cpu", torch.bfloat16):  # the caller's
             row = greg.log(run, {"epoch": epoch})
         assert row == pytest.approx(wanted | {"epoch": epoch}, rel=1e-4)
-        assert [row["epoch"] for row in greg.read_log(tmp_path)] == [0, epoch] and run.net.training
+        assert [row["epoch"] for row in run.rows] == [0, epoch] and run.net.training
+        text = (tmp_path / "log.jsonl").read_text()
+        assert [json.loads(line) for line in text.splitlines()] == run.rows
     run.net.fc.bias.data[0] = math.nan
     refuses(lambda: greg.log(run, {"epoch": 3}), "NaN", error=FloatingPointError)
-    first, *_, last = greg.read_log(Path(begin))
+    first, *_, last = greg.stored(begin)["rows"]
     assert not {k for k in last if k[:6] == "probe_" and ("aux" in k or "energy" in k)}
     assert last["probe_accuracy"] > 0.5 > first["probe_accuracy"]
 
 
 def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(greg, "read_log", lambda folder: [{"probe_accuracy": 0.9}])
     for s_in, s_aux, *auto in (-9.126, -2.004, -9.13, -2.0), (2, 1, 2, 3.45), (-9, -8, -9, -2.51):
         row, folder, logged = {"probe_s_in": s_in, "probe_s_aux": s_aux}, tmp_path / str(s_in), []
         log = lambda run, new, row=row, to=logged: to.append(run.config.m_in) or row | new  # noqa: E731
@@ -1601,6 +1600,7 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
         run = begun(folder, "greg", init=begin, margins="auto")
         assert [run.config.m_in, run.config.m_aux] == auto and logged == [-25, auto[0]]
         assert json.loads((folder / "config.json").read_text())["m_aux"] == auto[1]
+    run.rows = [{"probe_accuracy": 0.9}]
     for epoch, (method, margins, fell, share, *words) in enumerate((
         ("energy", "", 0.11, 0.0, "fell by 11.0%; --margins auto"), ("energy", "", 0.09, 0.0),
         ("oe", "", 0.2, 0.0, "fell by 20.0%\n"), ("energy", "auto", 0.2, 0.0, "fell by 20.0%\n"),
@@ -1748,7 +1748,9 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     others = [("other OOD sets", {"ood": (spec,)}) for spec in ("svhn", "rays=x.npy", "synthetic")]
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
-    assert {*greg.environment(CPU)} <= {*json.loads(text)} and greg.read_results(tmp_path) is None
+    assert {*"torch python greg device processes argv".split()} <= {
+        *json.loads(text)
+    } and greg.read_results(tmp_path) is None
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
         (tmp_path / "results.json").write_text(bad)
         refuses(lambda: greg.read_results(tmp_path), str(tmp_path / "results.json"))
@@ -1768,7 +1770,9 @@ def test_a_table_is_markdown_or_for_a_terminal_in_blocks_with_constants_on_top(m
     rows = [[*row, 1.5 * i] for i, row in enumerate(rows)]
     text = greg.shown(header, rows)  # no terminal here
     assert text.splitlines()[2:] == ["| a | k | 1 | 2 | 0.0 |", r"| b | k | 3 | c\| d | 1.5 |"]
-    assert text == greg.markdown(header, rows) and text.splitlines()[1] == "|" + " --- |" * 5
+    assert (
+        text == greg.shown(header, rows, file=True) and text.splitlines()[1] == "|" + " --- |" * 5
+    )
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "20")  # as wide as the first block
     rows[1][3] = "c"
@@ -2058,8 +2062,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         assert not out and re.fullmatch(f"greg: error: .*{re.escape(message)}.*\n", err), err
     assert not Path("nowhere").exists()
     assert "not finished" in cli(f"eval {tmp_path}/stopped --ood rays=rays.npy")[1]
-    rows = (KeyboardInterrupt(), 130, "stopped"), (KeyError("x"), 2, "KeyError: 'x' (GREG_DEBUG")
-    for e, code, text in (*rows, (RuntimeError("a\n  b" + "c" * 999), 2, "RuntimeError: a bccc")):
+    rows = (KeyboardInterrupt(), 130, "stopped"), (KeyError("x"), 2, "KeyError (GREG_DEBUG=1 ")
+    for e, code, text in (*rows, (RuntimeError("a\n  b" + "c" * 999), 2, "shows where): a bccc")):
         monkeypatch.setattr(greg, "pick_device", Mock(side_effect=e))
         _, err = cli("figure images", code)
         assert text in err and err.count("\n") == 1 and len(err) < 700
