@@ -1582,8 +1582,7 @@ def test_the_log_has_figure_3_and_only_what_there_is(begin, tmp_path):
             row = greg.log(run, {"epoch": epoch})
         assert row == pytest.approx(wanted | {"epoch": epoch}, rel=1e-4)
         assert [row["epoch"] for row in run.rows] == [0, epoch] and run.net.training
-        text = (tmp_path / "log.jsonl").read_text()
-        assert [json.loads(line) for line in text.splitlines()] == run.rows
+        assert run.rows == [*map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())]
     run.net.fc.bias.data[0] = math.nan
     refuses(lambda: greg.log(run, {"epoch": 3}), "NaN", error=FloatingPointError)
     first, *_, last = greg.stored(begin)["rows"]
@@ -1748,9 +1747,7 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     others = [("other OOD sets", {"ood": (spec,)}) for spec in ("svhn", "rays=x.npy", "synthetic")]
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
-    assert {*"torch python greg device processes argv".split()} <= {
-        *json.loads(text)
-    } and greg.read_results(tmp_path) is None
+    assert {"torch", "device", "argv"} < {*json.loads(text)} and not greg.read_results(tmp_path)
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
         (tmp_path / "results.json").write_text(bad)
         refuses(lambda: greg.read_results(tmp_path), str(tmp_path / "results.json"))
@@ -1770,9 +1767,7 @@ def test_a_table_is_markdown_or_for_a_terminal_in_blocks_with_constants_on_top(m
     rows = [[*row, 1.5 * i] for i, row in enumerate(rows)]
     text = greg.shown(header, rows)  # no terminal here
     assert text.splitlines()[2:] == ["| a | k | 1 | 2 | 0.0 |", r"| b | k | 3 | c\| d | 1.5 |"]
-    assert (
-        text == greg.shown(header, rows, file=True) and text.splitlines()[1] == "|" + " --- |" * 5
-    )
+    assert text == greg.shown(header, rows, True) and text.splitlines()[1] == "|" + " --- |" * 5
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "20")  # as wide as the first block
     rows[1][3] = "c"
