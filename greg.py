@@ -1866,9 +1866,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         sgd.load_state_dict(state["optimizer"])
         sums += state["sums"].to(device)
         run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux")})
-        return replace(
-            run, **{k: state[k] for k in ("epoch", "step", "memory", "rows") if k in state}
-        )
+        kept = {"epoch", "step", "memory", "rows"} & {*state}  # old runs have no rows
+        return replace(run, **{k: state[k] for k in kept})
     row = log(run, {"epoch": 0})
     if c.margins and aux:
         # The start's means, as the energy authors advise, m_aux at least the paper's ratio up.
