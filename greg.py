@@ -1060,7 +1060,7 @@ def say(text: str, to: Any = None) -> None:
     """Print, by the first process alone."""
     if world()[0] == 0:
         try:
-            print(str(text).rstrip("\n"), file=to, flush=True)
+            print(text.rstrip("\n"), file=to, flush=True)
         except BrokenPipeError:  # who read it has left; what was computed is still to be saved
             sys.stdout = open(os.devnull, "w") if to is None else sys.stdout
 
@@ -1107,7 +1107,7 @@ def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
     return F.pad(x, (0, 0, pad, pad, pad, pad))[i[:, None, None], rows[:, :, None], cols[:, None]]
 
 
-# ---- The built-in benchmark: figures under random place, size, angle, colour, texture and noise.
+# ---- The built-in benchmark: shapes of random place, size, angle, colour, texture and noise.
 _ID = tuple(o + s for o in ("", "outlined ") for s in "disc triangle square star cross".split())
 _OOD = ("crescents", "spirals", "strokes", "rays", "cells", "shards")
 _AUX = ("lobes", "curves", "fields", "waves", "unions")
@@ -1116,11 +1116,11 @@ _zoom = functools.partial(F.interpolate, size=32, mode="bicubic")
 
 
 def _distance(family, z, draw):
-    """Signed distance, negative inside, of z = x + iy [n,32,32] to a figure of radius about 1."""
+    """Signed distance, < 0 inside, of z = x + iy [n,32,32] to a shape; draw: see `synthetic`."""
     r, a, x, y, Z, pi = z.abs(), z.angle(), z.real.abs(), z.imag.abs(), z[:, None], math.pi
     if family.startswith("outlined "):  # inwards from the edge
         return (_distance(family.removeprefix("outlined "), z, draw) + 0.12).abs() - 0.12
-    if family in ("triangle", "square", "star"):  # n tips at radius 1, b from a tip to a normal
+    if family in ("triangle", "square", "star"):  # n tips at radius 1; b: angle from tip to normal
         n, b = {"triangle": (3, pi / 3), "square": (4, pi / 4), "star": (5, 1.236)}[family]
         return r * ((a % (2 * pi / n) - pi / n).abs() - b).cos() - math.cos(b)
     if family == "cross":
@@ -1133,7 +1133,7 @@ def _distance(family, z, draw):
         return r - waves.abs().pow(2 + n * draw(1, 3)).mean(0).pow(-1 / n)
     if family in ("fields", "curves"):  # random and odd: no zero line of it is one closed figure
         f = sum(draw(0, 1) * _zoom(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
-        f = (f := f - f.flip(1, 2)) / f.std((1, 2), keepdim=True) / 5
+        f = (g := f - f.flip(1, 2)) / g.std((1, 2), keepdim=True) / 5
         return f if family == "fields" else torch.maximum(f.abs() - 0.04, r - draw(0.8, 1.5))
     if family == "waves":
         rate, turn = draw(2, 9, 3), torch.exp(1j * draw(0, 2 * pi, 3))
@@ -1155,7 +1155,7 @@ def _distance(family, z, draw):
     if family == "shards":  # three lines; the sign changes across each
         d = (Z * torch.exp(1j * draw(0, 2 * pi, 3))).real - draw(-0.6, 0.6, 3)
         return d.abs().amin(1) * d.sign().prod(1)
-    return torch.sin(a * (n := draw(3, 7).floor())) * r / n if family == "rays" else r - 0.85
+    return r - 0.85 if family == "disc" else torch.sin(a * (n := draw(3, 7).floor())) * r / n
 
 
 def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
@@ -1187,7 +1187,7 @@ def open_image(path: str | Path) -> Any:
     """An image file as RGB, as a viewer shows it: upright, on white; ValueError if it is none."""
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or 0)  # the user named the file
+    Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or math.inf)  # the user's file
     with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))
@@ -1205,12 +1205,12 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, its short side made s = size (from 128 on s · 256 / 224), centre crop:
-    [1,s,s,3] uint8. Raises as `open_image`."""
+    """An image file, resized to short side s = size (from 128 on: s · 256 / 224), then cropped at
+    its centre: [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
     image, short = open_image(path), size if size < 128 else size * 256 // 224
-    h, w = (min(v, 4 * min(image.size)) for v in image.size[::-1])  # a strip's ends go anyway
+    h, w = (min(v, 4 * min(image.size)) for v in image.size[::-1])  # a long strip first
     image = T.resize(T.center_crop(image, [h, w]), short, antialias=True)
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
@@ -1220,14 +1220,14 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
-    known = {*Image.OPEN} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # these do not decode
+    known = {*Image.OPEN} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # only identified
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = seen.setdefault(os.path.realpath(at), at) == at  # links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
     if other := sorted({*paths} - {*files}):
-        remark(f"{folder}: left out {len(other)} that are no images: {other[0]} …")
+        remark(f"{folder}: left out {len(other)} files that are no images: {other[0]} …")
     if not files:
         raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
@@ -1253,7 +1253,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def check_set(images: Images, size: int, what: str) -> Images:
-    """The set, labelled images not in order of class; ValueError naming what is wrong with it."""
+    """The set, shuffled if its labels are sorted; ValueError naming what is wrong with it."""
     x, y, classes = images
     if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3) or not len(x):
         raise ValueError(f"{what} must be uint8 [N,{size},{size},3], got {x.dtype} {list(x.shape)}")
@@ -1275,7 +1275,7 @@ class Files(torch.utils.data.Dataset):
     def __init__(self, files: Any, size: int):
         import numpy as np
 
-        self.files = np.array([os.fsencode(f) for f in files])  # objects: a copy in every worker
+        self.files = np.array([os.fsencode(f) for f in files])  # workers would copy a list
         self.shape, self.dtype = (len(files), size, size, 3), torch.uint8
 
     def __len__(self) -> int:
@@ -1294,7 +1294,7 @@ class Files(torch.utils.data.Dataset):
                     torch.default_generator.manual_seed(seed)
                     crops.append(T.Compose(crop)(open_image(os.fsdecode(self.files[i]))))
         except (ValueError, OSError) as e:
-            return e  # to `batches`: one that a worker raises keeps all workers alive
+            return e  # `batches` raises it; raised in a worker it would keep all workers alive
         return torch.stack(crops).permute(0, 2, 3, 1).contiguous()
 
 
@@ -1335,11 +1335,11 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 
 def published(name: str, root: str | Path, download: bool) -> Any:
-    """A published set's path, or torchvision's train and test sets of CIFAR, test set of SVHN; the
-    first process fetches it, only if asked, md5 checked. FileNotFoundError if not there whole."""
+    """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. The
+    first process alone downloads, if asked, md5 checked. FileNotFoundError if not complete."""
     from torchvision import datasets
 
-    (rank, ranks), parts = world(), ("test",) if name == "svhn" else (True, False)
+    (rank, ranks), parts = world(), ("test",) if name == "svhn" else (True, False)  # train=
     download = download and rank == 0
     try:
         if rank > 0:  # until the first process has it
@@ -1355,7 +1355,7 @@ def published(name: str, root: str | Path, download: bool) -> Any:
             raise OSError(f"{path}, of {url}, is absent, or damaged: then delete it")
         return path
     except (OSError, RuntimeError) as e:
-        raise FileNotFoundError(f"{name} is not whole below {root}: {e}; try --download") from None
+        raise FileNotFoundError(f"{name} is not complete in {root}: {e}; try --download") from None
     finally:
         if rank == 0 and ranks > 1:
             torch.distributed.barrier()
@@ -1363,8 +1363,8 @@ def published(name: str, root: str | Path, download: bool) -> Any:
 
 def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     """ImageNet's "train" (files) or "val" of classes "A,B" or the authors' ten; "aux": the rest."""
-    known, ten = class_folders(root / "train"), "n02396427,n04141975,n02834397,n02111277,n03534580"
-    names = (classes or ten + ",n01877812,n02837789,n01443537,n02114367,n03857828").split(",")
+    known, five = class_folders(root / "train"), "n02396427,n04141975,n02834397,n02111277,n03534580"
+    names = (classes or five + ",n01877812,n02837789,n01443537,n02114367,n03857828").split(",")
     odd = sorted({*names} - {*known})[:3]
     if odd or not 2 <= len({*names}) == len(names) < len(known):
         raise ValueError(f"imagenet:NAMES are two to all but one of {root}/train; unknown: {odd}")
@@ -1394,9 +1394,9 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
         if missing := [k for k in keys if k not in arrays]:
             raise ValueError(f"{path} has {[*arrays]} and needs numbers in {', '.join(missing)}")
-        x, y, x_test, y_test = (arrays[k] for k in keys)
-        names = tuple(str(c) for c in range(len(y.unique())))
-        sets, size = [Images(x, y, names), Images(x_test, y_test, names)], (*x.shape, size, size)[2]
+        x, names = arrays["x_train"], tuple(map(str, range(len(arrays["y_train"].unique()))))
+        sets = [Images(arrays[f"x_{p}"], arrays[f"y_{p}"], names) for p in ("train", "test")]
+        size = x.shape[2] if x.dim() == 4 else size
     return check_set(sets[0], size, f"{name}, train,"), check_set(sets[1], size, f"{name}, test,")
 
 
@@ -1407,8 +1407,8 @@ def path_stem(name: str) -> str:
 
 
 def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
-    """Images of a built-in or published set, or of a path: a folder, an .npy, or an .npz, of it
-    its only uint8 [N,H,W,3], or "x", or the split's. ValueError says what an unclear one holds."""
+    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or in an
+    .npz the only uint8 [N,H,W,3], else that named "x" or after the split, or a ValueError."""
     if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
@@ -1418,7 +1418,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         files = image_files(where)
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
-        edge = 2 if name == "lsun_c" and not path else 0  # its 36×36 are cropped; Places365 is cut
+        edge = 2 if name == "lsun_c" and not path else 0  # its images are 36×36: cropped
         x = Images(Files(files, size + 2 * edge)).pixels(slice(None if path else 10_000))
         return Images(x[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
@@ -1427,7 +1427,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     has = (f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
     holds = ", ".join(has) or "no numbers"
     if len(named) != 1:
-        raise ValueError(f"{where} holds {holds}: need one uint8 [N,H,W,3], or one named {split}")
+        raise ValueError(f"{where} holds {holds}: need one uint8 [N,H,W,3], one named x or {split}")
     if len(arrays) > 1:
         remark(f"{where} holds {holds}: {named[0]} is used")
     return Images(arrays[named[0]])
@@ -1445,13 +1445,13 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
 
 
 def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
-    """OOD test sets by name. A spec is one of PAPER_OOD or IMAGENET_OOD, NAME=PATH, or "synthetic":
-    all built-in families. ValueError for a name given twice or one that tables need."""
+    """OOD test sets by name. A spec: one of PAPER_OOD, IMAGENET_OOD or _OOD, "synthetic" (all of
+    _OOD), or NAME=PATH. ValueError for a name given twice, or one that tables need."""
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, _, path = item.partition("=")
         if name in sets or path and (name in ("", "id", "mean") or "/" in name):
-            raise ValueError(f"--ood {item}: the name {name!r} is taken, or none for a set")
+            raise ValueError(f"--ood {item}: the name {name!r} is taken, or cannot be a set's")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
         images = unlabelled(name, path, root, download, size, "test")
@@ -1464,11 +1464,11 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 
 
 class Sampler(NamedTuple):
-    """A step's auxiliary images: random, or picked of its candidates, or of the epoch's pool."""
+    """A step's auxiliary images: random, picked from its candidates, or from the epoch's pool."""
 
     per_id: int = 1  # images for each ID image
-    pick: Callable[..., Tensor] | None = None  # (z, f, k, generator): k · per_id of candidates
-    pool: Callable[..., Tensor] | None = None  # (run, order, n, generator): n, once an epoch
+    pick: Callable[..., Tensor] | None = None  # (z, f, k, generator) -> k · per_id indices
+    pool: Callable[..., Tensor] | None = None  # (run, order, n, generator) -> at most n of order
 
 
 class Method(NamedTuple):
@@ -1481,7 +1481,7 @@ class Method(NamedTuple):
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # images, more for loss
+    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # x_aux, loss kwargs
     margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
 
 
@@ -1493,8 +1493,8 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """POEM's outliers of the epoch, not by rank: the n nearest to a boundary drawn at random."""
-    # It is regressed on the ID images (target -3), once for each epoch remembered, and on the
-    # outliers of the last four epochs (target 3), by the features of now.
+    # Regressed, by the current features, on the outliers of the last (four) epochs (target 3), and
+    # on the ID images (target -3), which count once for each of these epochs.
     buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     parts = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
@@ -1516,7 +1516,7 @@ def mix(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tensor, 
 
 
 def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tensor, dict]:
-    """Balanced energy's class prior: the classes that the network at the start gives outliers."""
+    """Balanced energy's prior: the shares of classes that the start predicts on all of --aux."""
     c, K = run.config, run.net.fc.out_features
     if "prior" not in run.memory:
         classes = embed_images(run, run.aux_set)[1].argmax(1)
@@ -1547,9 +1547,9 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# Section 6.1 gives epochs, schedule and the rates of "greg+"; "finetune" has the energy authors'
-# rate and decay; the other decay and both batches are of the paper's code, "pretrain" of the energy
-# and OE authors', the rest of NTOM's, POEM's, DOS's and OpenMix's (without Nesterov momentum).
+# "finetune": Section 6.1, lr and wd the energy authors', batch the paper's code. "greg+": Section
+# 6.1, batch and wd the paper's code. "pretrain": the energy and OE authors' code. "mining": NTOM's,
+# POEM's and DOS's code. "openmix": its code, but there without the Nesterov momentum of `start`.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
     "finetune": {"epochs": 20, "lr": 0.001, "schedule": "cosine", "batch": 64, "wd": 5e-4},
@@ -1557,7 +1557,7 @@ RECIPES = {
     "mining": {"epochs": 100, "lr": 0.1, "schedule": "0.5,0.75,0.9", "batch": 64, "wd": 1e-4},
     "openmix": {"epochs": 200, "lr": 0.1, "schedule": "0.5,0.75", "batch": 128, "wd": 5e-4},
 }
-WHERE = ("cuda_graph", "ood", "root", "download", "workers")  # may differ when a run goes on
+FREE = ("cuda_graph", "ood", "root", "download", "workers")  # may differ when a run goes on
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -1581,7 +1581,7 @@ class Config:
     schedule: str = option(None, "cosine, or shares of the run after which lr falls (recipe)")
     batch: int = option(None, "ID images a step = clusters k (recipe)")
     wd: float = option(None, "weight decay (recipe)")
-    candidates: int = option(6, "least auxiliary candidates for each ID image when sampling")
+    candidates: int = option(6, "auxiliary candidates for each ID image when sampling, at least")
     aux_epoch: int = option(600_000, "auxiliary images an epoch when sampling, all if fewer")
     n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
@@ -1592,7 +1592,7 @@ class Config:
     reduction: str = option("paper", "Eq. (3), or Eq. (3) / N", choices=("paper", "released"))
     grad_every: int = option(1, "Eq. (3) in every N-th step only, with N-fold weight")
     noise: float = option(0.0, "Gaussian noise on training images, in [0,1] pixels")
-    stats: str = option("", "normalisation (the start's, the ID data's)", choices=("", *STATS))
+    stats: str = option("", "normalisation (the start's, else the ID data's)", choices=("", *STATS))
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
@@ -1600,7 +1600,7 @@ class Config:
     ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
-    workers: int = option(4, "processes that decode ID images, and as many auxiliary ones")
+    workers: int = option(4, "processes that decode ID images, and as many for auxiliary ones")
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
@@ -1610,8 +1610,8 @@ def fine_tunes(method: str, id_data: str) -> bool:
 
 
 def resolve(c: Config, theirs: str | None = None) -> Config:
-    """`c` with what its method's recipe gives filled in; ValueError for what cannot be. `theirs`:
-    the normalisation that a run already has, which else is its start's."""
+    """`c` with each None filled in from its method's recipe; ValueError for what cannot be.
+    `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
     plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
     c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})  # for torch.load
     for f in fields(Config):
@@ -1619,32 +1619,32 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
     method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
     init = init or "torchvision" * ((kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"))
-    tunes, least = fine_tunes(c.method, c.id), method.sampler.per_id
+    tunes, per_id = fine_tunes(c.method, c.id), method.sampler.per_id  # 0: no auxiliary data
     # "ce" from a start on ImageNet gives it a new head, by the short recipe.
     fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     own = "" if (kind, c.aux) == ("imagenet", "imagenet") else c.aux  # then the rest of --id's
-    builtin = c.id if kind in ("synthetic", "imagenet") else "random300k"
+    usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
     if not theirs and init not in ("", "torchvision"):
         theirs = stored(init).get("config", {}).get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
-    c = replace(c, init=init, stats=stats, aux=(own or builtin) if least else "", **fill)
+    c = replace(c, init=init, stats=stats, aux=(own or usual) if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
     positive = "epochs lr batch size candidates grad_every".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
     no_score = method.score not in SCORES or (method.score == "absent" and not method.extra_class)
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    same = one_spelling(c.aux) == one_spelling(c.id)  # of ImageNet its other classes, else wrong
+    same = one_spelling(c.aux) == one_spelling(c.id)  # needed of two ImageNets, else an error
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
         (theirs not in (None, stats), f"--stats {stats}: {init} was trained with {theirs}"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
-        (method.sampler.pick and c.candidates < least, f"--candidates must be at least {least}"),
+        (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
-        (same != imagenet and kind != "synthetic", f"--aux {c.aux} is of --id: leave --aux out"),
+        (same != imagenet and kind != "synthetic", f"--aux {c.aux} has images of --id: omit --aux"),
         (no_score, f"METHODS: no score {method.score!r}, or absent without extra_class=True"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
     ):
@@ -1687,7 +1687,7 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
             shutil.copyfile(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
-        raise OSError(f"{path} could not be written ({e}); the old is intact") from e
+        raise OSError(f"{path} could not be written ({e}); the old one is intact") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1711,15 +1711,15 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
 
 def one_spelling(spec: Any) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
-    if spec in ("", *STATS, "synthetic", "random300k"):  # which are not ./synthetic, ...
+    if spec in ("", *STATS, "synthetic", "random300k"):  # names, not paths
         return spec
-    name, equals, path = str(spec).rpartition("=")
-    return name + equals + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
+    name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
+    return name + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
 
 
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs, if a folder's run is not of this configuration."""
-    theirs, free = asdict(saved_config(saved)), {*WHERE, *(("m_in", "m_aux") if c.margins else ())}
+    theirs, free = asdict(saved_config(saved)), {*FREE, *(("m_in", "m_aux") if c.margins else ())}
     pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
     if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if one_spelling(a) != one_spelling(b)]:
         raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
@@ -1770,7 +1770,7 @@ def alone(folder: Path) -> Iterator[None]:
 # ---- The network.
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
-    """The start of a configuration, and what that lacks (a K+1st output, a head) by its seed."""
+    """A configuration's starting network; what --init lacks (a head, output K+1) by its seed."""
     K = len(classes)
     torch.manual_seed(c.seed)
     net = ARCHS[c.arch](K + METHODS[c.method].extra_class)
@@ -1791,7 +1791,7 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
 
 
 def chunk(device: torch.device, gpu: int = 128) -> int:
-    """Images at once: what stays near a CPU's cache; on a GPU enough to outlast the launches."""
+    """Images at once: few enough for a CPU's cache, or enough to hide a GPU's launches."""
     return 32 if device.type == "cpu" else gpu
 
 
@@ -1842,7 +1842,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     ranks, need = world()[1], METHODS[c.method].sampler.per_id * c.batch
     if c.batch % ranks or len(ids.x) < c.batch or (aux and len(aux.x) < need):
         n = f"{len(ids.x)} ID and {len(aux.x) if aux else 0} auxiliary images, {ranks} processes"
-        raise ValueError(f"{n}: no step of {c.batch} and {need} is to be had; another --batch")
+        raise ValueError(f"{n} give no step of {c.batch} and {need}: choose another --batch")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
@@ -1870,7 +1870,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         return replace(run, **{k: state[k] for k in kept})
     row = log(run, {"epoch": 0})
     if c.margins and aux:
-        # The start's means, as the energy authors advise, m_aux at least the paper's ratio up.
+        # The start's means (the energy authors' advice); m_aux >= m_in + 0.72 |m_in|, as -7 to -25.
         m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
         m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
@@ -1909,21 +1909,21 @@ def _leave_signals(worker):
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
-    function of (seed, epoch, step, rank), which workers and stops do not change. The images of the
-    epoch (if a sampler picks, of all auxiliary images) are cut into a part a step and process."""
+    function of (seed, epoch, step, rank), which workers and stops do not change. The epoch's images
+    (if a sampler picks, all auxiliary ones) are cut into m = steps · processes parts, one each."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
 
-    def cut(order, n):  # this process's parts of the n first of `order`, repeated where it is short
+    def cut(order, n):  # the first n of `order` (repeated if short) in m parts, this process's
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
         if isinstance(images.x, Files):
             keys = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
-            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
-            stream = torch.utils.data.DataLoader(images.x, None, sampler=keys, **more)
+            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}  # a key: a batch
+            stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=keys, **more)
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
@@ -1936,7 +1936,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     if aux:
         n_aux, order = n * sampler.per_id, torch.randperm(len(aux.x), generator=g)
         if sampler.pool and not run.step:  # it depends on the network at the epoch's start
-            run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)
+            run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
         order = run.memory.get("pool", order)
         if sampler.pick:
             n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)
@@ -1953,7 +1953,7 @@ def average(t: Tensor) -> Tensor:
         torch.distributed.all_reduce(t)
         return [t]
 
-    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # a class: never over
+    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: `over` False
     return _Fast.apply(*rule, t) if world()[1] > 1 else t
 
 
@@ -1995,12 +1995,12 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares
+        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares  # n-fold too
         run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()):
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or run.stopped_by or time.time() > looked + 1:
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # ranks look together
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
@@ -2027,13 +2027,13 @@ def look(run: Run, progress: Any) -> dict[str, float]:
 
 
 def end_epoch(run: Run, row: dict[str, float]) -> None:
-    """Log, save, and say in words where the accuracy collapses or the gradient term is off."""
+    """Log, save, and warn if the accuracy collapses or the gradient term is off."""
     c, method = run.config, METHODS[run.config.method]
     run.epoch, run.step = run.epoch + 1, 0
     run.sums.zero_()
     row = log(run, row | {"epoch": run.epoch})
     save(run)
-    how = "" if c.margins or method.loss is not energy_loss else "; --margins auto suits others"
+    how = "" if c.margins or method.loss is not energy_loss else "; --margins auto may help"
     fell = run.rows[0]["probe_accuracy"] - row["probe_accuracy"]
     if c.init and fell > 0.1:
         remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
@@ -2043,7 +2043,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
-    """Add Figure 3's figures, of 256 fixed images in eval mode, to the row, and it to log.jsonl."""
+    """Add what Figure 3 shows, of 256 fixed images in eval mode, to the row; log the row."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
@@ -2115,8 +2115,8 @@ def _cat(tensors, dim=0, **other):
 
 
 def _conv2d(x, weight, bias=None, *options, **other):
-    called = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
-    if not called or weight.grad_fn:  # a weight that is computed may depend on the images
+    by_layer = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
+    if not by_layer or weight.grad_fn:  # a weight that is computed may depend on the images
         return None
     stride, padding, dilation, groups = options
 
@@ -2143,7 +2143,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
     def backward(taking, *saved):
         if not taking:
             return _batch_norm_backward(*saved)
-        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # a class: never over
+        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # as in `average`
         return _Fast.apply(*rule, *saved), None, None  # at x alone
 
     return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
@@ -2157,8 +2157,8 @@ def _batch_norm_backward(g, x, w, mean, r, at_all=True):
 
 @torch.autograd.function.once_differentiable
 def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
-    """The gradients of w r P(g), which is that of batch norm, y = w x̂ + b, x̂ = (x - mean(x)) r:
-    Let v be what arrives for w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
+    """The gradients of w r P(g), itself the gradient at x of y = w x̂ + bias, x̂ = (x - mean(x)) r.
+    Let v be the one arriving at w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
     q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
     arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x."""
     at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
@@ -2271,8 +2271,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     folder, init = Path(folder).expanduser(), Path(config.init).expanduser()
     done, file, device = read_results(folder), folder / "checkpoint.pt", torch.device(device)
     gone = not (init / "checkpoint.pt" if config.init and init.is_dir() else init).exists()
-    begun = (done or (stored(file) if file.exists() else {})) if gone else {}
-    c = resolve(config, begun.get("config", {}).get("stats"))  # the start's, as the run has it
+    begun = (done or (stored(file) if file.exists() else {})) if gone else {}  # else the start's
+    c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
@@ -2281,7 +2281,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
-        raise ValueError(f"--cuda-graph needs one GPU, not {device.type}, and --grad-every 1")
+        raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     train_set, test_set, ood = load_sets(c)
     aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
     if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
@@ -2394,7 +2394,7 @@ def certify_report(
 
 # ---- Tables.
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
-    """A table for a terminal, padded, in blocks as wide as it, constants on top; else Markdown."""
+    """A table: Markdown, or in a terminal padded, wrapped to its width, constant columns on top."""
     if file or not (sys.stdout and sys.stdout.isatty()):
         rows = header, ["---"] * len(header), *rows
         cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
@@ -2422,7 +2422,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
         c = saved_config(r["config"], run=False)
-        free = ("seed", *WHERE, *(("m_in", "m_aux") if c.margins else ()))
+        free = ("seed", *FREE, *(("m_in", "m_aux") if c.margins else ()))
         start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
         paths = tuple(sorted(one_spelling(v) for v in c.ood if "=" in v))
@@ -2438,8 +2438,8 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             others = [vars(o) for n, o in rows if n == name]
             odd = {k: v for k, v in vars(c).items() if any(o[k] != v for o in others)}
             label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
-            columns = (zip(*cell, strict=True) for cell in zip(*seeds.values(), strict=True))
-            cells = (" / ".join(map(mean_std, figures)) for figures in columns)
+            by_cell = zip(*seeds.values(), strict=True)  # each cell's figures, seed by seed
+            cells = (" / ".join(map(mean_std, zip(*cell, strict=True))) for cell in by_cell)
             lines.append([", ".join(label), c.arch, c.aux or "none", len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += shown([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines, file)
@@ -2448,7 +2448,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
 
 
 # The paper's tables: "number data networks sets metrics", whose product is the columns, then rows
-# "label method score figures".
+# "label method score figures", one a line or after a |.
 _PAPER = """
 1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7
 ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
@@ -2539,7 +2539,7 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
 
 # ---- Figures.
 def grid(count: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure of panels side by side, and these."""
+    """A figure, and its panels, side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * count, height), layout="constrained")
@@ -2621,8 +2621,8 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
 
 
 def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> dict[float, dict]:
-    """Figure 1, left: S on a plane, γ, certified balls, attacks (dotted), drawn to `path`. Returns
-    for either λ_∇S FPR95, γ and, a side, ‖∇S‖, certified radius, attack distance, their ratios."""
+    """Figure 1, left: S on a plane, γ, certified balls, attacks (dotted), drawn to `path`. By λ_∇S:
+    FPR95, γ and, of ID and OOD, mean ‖∇S‖, median certified radius, attack distance and ratios."""
     from matplotlib.patches import Circle
 
     (figure, axes), results = grid(2, 4.75, 4.4), {}
@@ -2651,7 +2651,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
                 result[f"{side} {k}"] = v.median().item()
             panel.plot(*x[:8].T, ".", color=colour, markersize=3)
             for circles, style in (best, "-"), (distance.nan_to_num(posinf=0.0), ":"):
-                for centre, r in zip(x[:8].tolist(), circles.tolist()):  # noqa: B905
+                for centre, r in zip(x[:8].tolist(), circles[:8].tolist(), strict=True):
                     panel.add_patch(Circle(centre, r, fill=False, ls=style, ec=colour, lw=0.8))
         title = f"$\\lambda_{{\\nabla S}}$ = {lambda_grad:g}: ID white, OOD black, γ red; "
         panel.set_title(title + "certified solid, attacked dotted", fontsize=7)
@@ -2702,8 +2702,8 @@ def command_demo(args: argparse.Namespace) -> None:
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
     say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {args.seeds}. Attacked (ℓ2 0.25): OOD to
-look ID, ID to be rejected. What to look at: outlier exposure (energy) is to lower FPR95; the
-gradient term (greg) ‖∇S‖, and with it what attacks do.""")
+look ID, ID to be rejected. What to look at: outlier exposure (energy) should lower FPR95; the
+gradient term (greg) ‖∇S‖, and with it what attacks achieve.""")
     folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
@@ -2778,7 +2778,7 @@ def command_table(args: argparse.Namespace) -> None:
     runs, results = table_runs(args), []
     for c in [c for c in runs.values() if not c.init]:  # needing no other run: before any begins
         resolve(c)
-    paper_table(args.number, [r for r in map(read_results, runs) if r])  # and what is finished
+    paper_table(args.number, [r for r in map(read_results, runs) if r])  # raises for mixed OOD
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
             words = ["python", sys.argv[0], "train", "--out", folder]
@@ -2825,9 +2825,9 @@ def command_certify(args: argparse.Namespace) -> None:
 def command_figure(args: argparse.Namespace) -> None:
     """draw Figure 1, Figure 3, histograms of the scores, or the built-in images"""
     out = args.out or Path(f"figure_{args.which}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out {out} ends in none of .png, .pdf, .svg")
+    out.parent.mkdir(parents=True, exist_ok=True)
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
     if of_runs and not args.folders:
@@ -2862,7 +2862,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "which": dict(choices=["1", "3", "scores", "images"], help="the figure"),
     "folders": dict(type="path", nargs="*", help="run folders (figures 3, scores)"),
 }
-# Command -> function, its arguments, the fields of Config that it takes ("*": all but the rest).
+# Command -> function, arguments, the fields of Config that it takes ("*": all but those named).
 _RUNS, _SETS = "number --runs --read --dry-run --seeds --archs --methods", "ood root download"
 COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "demo": (command_demo, "--runs --seeds", ""),

@@ -1087,7 +1087,7 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
         refuses(functools.partial(load, [name]), name, str(root), "--download", **absent)
     for name in "random300k", "densenet121", "svnh":  # no OOD sets
         refuses(functools.partial(load, [name]), f"no OOD set '{name}'", "NAME=PATH", "rays", "sun")
-    refuses(lambda: greg.load_aux("random300k", root), "300k is not whole", str(root), **absent)
+    refuses(lambda: greg.load_aux("random300k", root), "300k is not complete", str(root), **absent)
     refuses(lambda: greg.load_id("cifar10", root), "cifar10", str(root), "--download", **absent)
     publish("isun", web / "there", 2)
     assert not root.exists()
@@ -1107,7 +1107,7 @@ def test_a_set_is_fetched_only_if_asked_checked_unpacked_once_and_read(tmp_path,
     assert greg.published("random300k", root, False).read_bytes() == b"damaged"
     publish("sun", draw_tree(web / "damaged"), 8)
     greg.SOURCES["sun"][1] = "0" * 32
-    refuses(lambda: load(["sun"], download=True), "sun is not whole", **absent)
+    refuses(lambda: load(["sun"], download=True), "sun is not complete", **absent)
     assert not (root / "damaged").exists()
 
 
@@ -1498,8 +1498,8 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *(("--schedule", {"schedule": s}) for s in ("0.5;1", "1/0", "0.5,1", "0", "")),
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
-        ("leave --aux out", {"id": "imagenet:5", "aux": "imagenet:6"}),
-        ("leave --aux out", {"id": "a/d.npz", "aux": "./a/d.npz"}),
+        ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
+        ("omit --aux", {"id": "a/d.npz", "aux": "./a/d.npz"}),
         ("dice", {"init": file, "stats": "cifar10"}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
