@@ -1074,7 +1074,8 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     """A progress bar around `items`, with the total and the time left, after half a second."""
     from tqdm import tqdm
 
-    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": world()[0] > 0}
+    off = world()[0] > 0 or not sys.stderr
+    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": off}
     progress = tqdm(items, what, **options)
 
     def tick():  # the clock goes on in a long step too, until the bar is closed
@@ -1220,7 +1221,7 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
-    known = {*Image.OPEN} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # only identified
+    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # only identified
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = seen.setdefault(os.path.realpath(at), at) == at  # links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
@@ -1634,9 +1635,9 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     positive = "epochs lr batch size candidates grad_every".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
     low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
-    no_score = method.score not in SCORES or (method.score == "absent" and not method.extra_class)
+    known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    same = one_spelling(c.aux) == one_spelling(c.id)  # needed of two ImageNets, else an error
+    same = re.sub("/(train|test)$", "", one_spelling(c.aux)) == one_spelling(c.id)  # ImageNet's is
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1645,7 +1646,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
         (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (same != imagenet and kind != "synthetic", f"--aux {c.aux} has images of --id: omit --aux"),
-        (no_score, f"METHODS: no score {method.score!r}, or absent without extra_class=True"),
+        (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
     ):
         if wrong:
@@ -1682,9 +1683,11 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        encoded = content.encode(errors="replace") if isinstance(content, str) else content
+        temporary.write_bytes(encoded)
         if keep and path.exists():
-            shutil.copyfile(path, path.with_name(keep))
+            shutil.copyfile(path, old := temporary.with_suffix(".old"))
+            os.replace(old, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); the old one is intact") from e
@@ -1845,10 +1848,12 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{n} give no step of {c.batch} and {need}: choose another --batch")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    begun = any(folder.glob("checkpoint*.pt"))  # then the start's files may be gone
+    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # start may be gone
     net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
     for m in net.modules():
-        if c.sync_bn and ranks > 1 and type(m) is nn.BatchNorm2d:
+        if c.sync_bn and ranks > 1 and isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if type(m) is not nn.BatchNorm2d or None in (m.bias, m.momentum, m.running_var):
+                raise ValueError(f"--sync-bn is for plain nn.BatchNorm2d, not {m}: leave it out")
             m.__class__ = SyncBatchNorm2d
     net = net.to(memory_format=torch.channels_last) if c.channels_last else net
     sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
@@ -2576,8 +2581,7 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
         if not (results := read_results(folder)):
             raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
         arrays = read_arrays(folder / "scores.npz")
-        scores = [*results["metrics"]]  # an `eval` may lack the method's own
-        score = results["score"] if results["score"] in scores else scores[0]
+        score = min(results["metrics"], key=lambda k: k != results["score"])  # its own if there
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
         panel.hist([*sets.values()], 80, density=True, label=[*sets], histtype="step")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
@@ -2825,7 +2829,7 @@ def command_certify(args: argparse.Namespace) -> None:
 def command_figure(args: argparse.Namespace) -> None:
     """draw Figure 1, Figure 3, histograms of the scores, or the built-in images"""
     out = args.out or Path(f"figure_{args.which}.png")
-    if out.suffix not in (".png", ".pdf", ".svg"):
+    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--out {out} ends in none of .png, .pdf, .svg")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}

@@ -1499,7 +1499,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
-        ("omit --aux", {"id": "a/d.npz", "aux": "./a/d.npz"}),
+        *(("omit --aux", {"id": a, "aux": b}) for a, b in (("d.npz", "./d.npz"), ("a", "a/train"))),
         ("dice", {"init": file, "stats": "cifar10"}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
@@ -1533,6 +1533,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
         refuses(greg.alone(folder).__enter__, "another process works", str(folder))
     greg.save(greg.replace(run, epoch=2))
     before = {*folder.iterdir()}
+    greg.write_atomically(tmp_path / "x", "\udcff")  # of a name that is no UTF-8
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda path, content: path.touch() or os.stat("no room"))
         refuses(lambda: greg.save(run), "could not be written", "no room", error=OSError)
