@@ -332,8 +332,8 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by Z, of sum 1,
-    at margins m_aux + alpha Z: larger for classes frequent among auxiliary images, prior [K], by
+    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by Z / Σ Z, at
+    margins m_aux + alpha Z: larger for classes frequent among auxiliary images, prior [K], by
     Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma."""
     Z = f_aux.softmax(1) @ (prior**gamma / (prior**gamma).sum())
     aux = F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()
@@ -1074,9 +1074,8 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     """A progress bar around `items`, with the total and the time left, after half a second."""
     from tqdm import tqdm
 
-    off = world()[0] > 0 or not sys.stderr
-    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True, "disable": off}
-    progress = tqdm(items, what, **options)
+    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True}
+    progress = tqdm(items, what, disable=world()[0] > 0 or not sys.stderr, **options)
 
     def tick():  # the clock goes on in a long step too, until the bar is closed
         while not progress.disable:
@@ -1637,7 +1636,8 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    same = re.sub("/(train|test)$", "", one_spelling(c.aux)) == one_spelling(c.id)  # ImageNet's is
+    # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
+    same = re.sub("/(train|test)$", "", one_spelling(c.aux)) == one_spelling(c.id)
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1950,18 +1950,6 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         yield x_in, y_in, x_aux[0] if aux else x_in[:0]
 
 
-def average(t: Tensor) -> Tensor:
-    """The mean of t over all processes, with all its derivatives, which are such means too."""
-
-    def mean(t):
-        t = t / world()[1]
-        torch.distributed.all_reduce(t)
-        return [t]
-
-    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: `over` False
-    return _Fast.apply(*rule, t) if world()[1] > 1 else t
-
-
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
@@ -2199,6 +2187,18 @@ class Graphed:
         return self.out
 
 
+def average(t: Tensor) -> Tensor:
+    """The mean of t over all processes, with all its derivatives, which are such means too."""
+
+    def mean(t):
+        t = t / world()[1]
+        torch.distributed.all_reduce(t)
+        return [t]
+
+    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: `over` False
+    return _Fast.apply(*rule, t) if world()[1] > 1 else t
+
+
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over the batches of all processes, of equal size, twice differentiable."""
 
@@ -2399,7 +2399,7 @@ def certify_report(
 
 # ---- Tables.
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
-    """A table: Markdown, or in a terminal padded, wrapped to its width, constant columns on top."""
+    """A table: Markdown, or (no `file`) in a terminal padded, wrapped, constant columns on top."""
     if file or not (sys.stdout and sys.stdout.isatty()):
         rows = header, ["---"] * len(header), *rows
         cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
