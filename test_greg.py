@@ -1499,7 +1499,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
-        *(("omit --aux", {"id": a, "aux": b}) for a, b in (("d.npz", "./d.npz"), ("a", "a/train"))),
+        *(("omit --aux", {"id": a, "aux": b}) for a, b in (("x/b=1", "./x/b=1"), ("a", "a/train"))),
         ("dice", {"init": file, "stats": "cifar10"}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
