@@ -1614,6 +1614,12 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
     plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
     c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})  # for torch.load
+
+    def whole(path):  # so that a run is the same from every folder
+        return os.path.abspath(path) if os.path.exists(path) else path
+
+    paths = {k: one_spelling(getattr(c, k), whole) for k in ("id", "aux", "init", "root")}
+    c = replace(c, ood=tuple(one_spelling(v, whole) if "=" in v else v for v in c.ood), **paths)
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1641,7 +1647,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
-        (theirs not in (None, stats), f"--stats {stats}: {init} was trained with {theirs}"),
+        (theirs not in (None, stats), f"--stats {stats}: the run, or its start, has {theirs}"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
@@ -1712,19 +1718,30 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
     return Config(**known)
 
 
-def one_spelling(spec: Any) -> str:
+def one_spelling(spec: Any, whole: Callable[[str], str] = os.path.realpath) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
     if spec in ("", *STATS, "synthetic", "random300k"):  # names, not paths
         return spec
     name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
-    return name + os.path.realpath(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
+    return name + whole(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
+
+
+def same_path(old: Any, new: Any) -> bool:
+    """Whether a run's path, or NAME=PATH, is the new one: spelled alike, or moved (and says so)."""
+    alike = one_spelling(old) == one_spelling(new)
+    name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(old)).groups()
+    gone = not alike and os.path.isabs(path) and not os.path.exists(path)
+    moved = gone and re.fullmatch(f"(?s){re.escape(name)}.*/{re.escape(Path(path).name)}", str(new))
+    if moved:
+        remark(f"{path} is gone: {new} is taken for it")
+    return alike or bool(moved)
 
 
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
     """ValueError that names what differs, if a folder's run is not of this configuration."""
     theirs, free = asdict(saved_config(saved)), {*FREE, *(("m_in", "m_aux") if c.margins else ())}
     pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
-    if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if one_spelling(a) != one_spelling(b)]:
+    if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if not same_path(a, b)]:
         raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
 
 
@@ -2273,16 +2290,15 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
-    folder, init = Path(folder).expanduser(), Path(config.init).expanduser()
-    done, file, device = read_results(folder), folder / "checkpoint.pt", torch.device(device)
-    gone = not (init / "checkpoint.pt" if config.init and init.is_dir() else init).exists()
-    begun = (done or (stored(file) if file.exists() else {})) if gone else {}  # else the start's
+    folder, device = Path(folder).expanduser(), torch.device(device)
+    done, file = read_results(folder), folder / "checkpoint.pt"
+    begun = done or (stored(file) if file.exists() else {})  # its start may be gone
     c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
         known |= {"synthetic"} if {*_OOD} <= known else set()
-        if not {*map(one_spelling, c.ood)} <= {*map(one_spelling, known)}:
+        if not all(any(same_path(old, new) for old in known) for new in c.ood):
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
@@ -2445,10 +2461,10 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
             by_cell = zip(*seeds.values(), strict=True)  # each cell's figures, seed by seed
             cells = (" / ".join(map(mean_std, zip(*cell, strict=True))) for cell in by_cell)
-            lines.append([", ".join(label), c.arch, c.aux or "none", len(seeds), *cells])
+            lines.append([", ".join(label), c.arch, path_stem(c.aux or "none"), len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += shown([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines, file)
-        text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
+        text += f"\nFPR95 / AUROC in %; ID data {path_stem(data)}.\n"
     return text
 
 
@@ -2502,7 +2518,8 @@ COLUMNS = {int(number): [*itertools.product(*words)] for (number,), *words in _H
 
 def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file=True) -> str:
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
-    columns = ((id_data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
+    data = one_spelling(id_data)  # by which runs are found
+    columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
     columns, rows, notes = [*dict.fromkeys(columns)], [], set()
     sets = {", ".join([*r["gradient_norm"]][1:]) for r in results}
     if len(sets) > 1:
@@ -2513,10 +2530,12 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
             values, theirs = [], paper.get((*wanted, key, metric))
             for r in results:
                 c, cells = r["config"], r["metrics"].get(score, {}) | {"ID": r}
-                if [c["id"], c["arch"], c["method"]] == [*wanted, method] and key in cells:
+                which = one_spelling(c["id"]), c["arch"], c["method"]
+                if which == (*wanted, method) and key in cells:
                     values.append(cells[key][metric])
-                    note = f"- {method}: ID {c['id']} ({c['n_train'] or 'all'}), auxiliary "
-                    note += f"{c['aux'] or 'none'}, {'fine-tuned' if c['init'] else 'from scratch'}"
+                    note = f"- {method}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), "
+                    note += f"auxiliary {path_stem(c['aux'] or 'none')}, "
+                    note += "fine-tuned" if c["init"] else "from scratch"
                     notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
             ours = mean_std(values) if values else "not run"
             row.append(f"{ours} ({theirs})" if theirs else ours)
@@ -2693,7 +2712,7 @@ def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in a few minutes"""
     runs, cells = args.runs / "demo", {}
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
-    for seed, method in itertools.product(args.seeds, ("ce", "energy", "greg", "greg+")):
+    for seed, method in itertools.product({*args.seeds}, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
@@ -2790,11 +2809,9 @@ def command_table(args: argparse.Namespace) -> None:
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
-        elif not args.read or (done := read_results(folder)):
+        elif not args.read or read_results(folder):
             if not args.read:
                 remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
-            elif Path(c.init).parts[-4:] == Path(done["config"]["init"]).parts[-4:]:
-                c = replace(c, init=done["config"]["init"])  # the folder of all runs has moved
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if not args.dry_run:
         ours = args.number, results, chosen(args).get("id", ""), args.archs
@@ -2874,7 +2891,7 @@ COMMANDS: dict[str, tuple[Callable, str, str]] = {
     "eval": (command_eval, "[run] --weights --scores --out", _SETS + " id arch stats size n_train"),
     "predict": (command_predict, "run images", ""),
     "table": (command_table, _RUNS, "* method arch seed init"),
-    "certify": (command_certify, "run --images --eps --sigma --draws --local --out", _SETS),
+    "certify": (command_certify, "run --images --eps --sigma --draws --local --out", _SETS + " id"),
     "figure": (command_figure, "which folders --out", ""),
 }
 
