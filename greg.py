@@ -2083,9 +2083,9 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
 # ---- The same step, faster, and over several processes: none of it is in the paper.
 class FastDoubleBackward(TorchFunctionMode):
     """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding:
-    PyTorch's double backward of batch norm is some thirty passes, a convolution's has one with
-    kernels as large as the image, and a concatenation's adds up zeros. Inside, create_graph=True
-    gives the gradient at images alone; outside, it is a RuntimeError."""
+    PyTorch's double backward of batch norm is thirty passes, of convolution has one with kernels as
+    large as the image, of ReLU and concatenation adds up zeros. Inside, create_graph=True gives the
+    gradient at images alone; outside, it is a RuntimeError."""
 
     over = False
 
@@ -2094,8 +2094,8 @@ class FastDoubleBackward(TorchFunctionMode):
         return super().__exit__(*error)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        faster = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat}.get(func)
-        rules = faster and faster(*args, **kwargs or {})  # kept, forward, backward, *inputs
+        table = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat, F.relu: _relu}
+        rules = func in table and table[func](*args, **kwargs or {})  # what `_Fast` is told
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
@@ -2117,32 +2117,32 @@ class _Fast(torch.autograd.Function):
         return None, None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
 
 
+def _relu(x, inplace=False):
+    at_x = lambda _, g, y: [torch.ops.aten.threshold_backward(g, y.detach(), 0)]  # noqa: E731
+    return not inplace and (0, lambda x: [y := x.relu(), y], at_x, x)
+
+
 def _cat(tensors, dim=0, **other):
-    if other or len({t.dtype for t in tensors}) > 1:
-        return None
-    sizes = [t.shape[dim] for t in tensors]
-    return 0, lambda *x: [torch.cat(x, dim)], lambda taking, g: g.split(sizes, dim), *tensors
+    sizes, fits = [t.shape[dim] for t in tensors], not other and len({t.dtype for t in tensors}) < 2
+    return fits and (0, lambda *x: [torch.cat(x, dim)], lambda _, g: g.split(sizes, dim), *tensors)
 
 
 def _conv2d(x, weight, bias=None, *options, **other):
     by_layer = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
-    if not by_layer or weight.grad_fn:  # a weight that is computed may depend on the images
-        return None
-    stride, padding, dilation, groups = options
+    by_layer = by_layer and not weight.grad_fn  # one that is computed may depend on the images
 
     def backward(taking, g, x, weight):
-        if not taking:
-            wanted = x.requires_grad, weight.requires_grad, False
-            more = None, *options[:3], False, (0, 0), groups, wanted
+        stride, padding, dilation, groups = options
+        if not taking:  # else at x alone, by a convolution, whose own derivatives are cheap
+            more = None, *options[:3], False, (0, 0), groups, (True, True, False)
             return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
-        # At x alone, as a convolution whose own derivatives are cheap.
         sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
         rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
         return F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation), None
 
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
-    return 2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight
+    return by_layer and (2, lambda x, w: [F.conv2d(x, w, None, *options)], backward, x, weight)
 
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # momentum, eps
