@@ -1720,7 +1720,7 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
 
 def one_spelling(spec: Any, whole: Callable[[str], str] = os.path.realpath) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
-    if spec in ("", *STATS, "synthetic", "random300k"):  # names, not paths
+    if spec in ("", *STATS, "synthetic", "random300k", "torchvision"):  # names, not paths
         return spec
     name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
     return name + whole(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
@@ -2464,7 +2464,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             lines.append([", ".join(label), c.arch, path_stem(c.aux or "none"), len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += shown([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines, file)
-        text += f"\nFPR95 / AUROC in %; ID data {path_stem(data)}.\n"
+        text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
     return text
 
 
@@ -2712,7 +2712,9 @@ def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in a few minutes"""
     runs, cells = args.runs / "demo", {}
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
-    for seed, method in itertools.product({*args.seeds}, ("ce", "energy", "greg", "greg+")):
+    for seed, method in itertools.product(
+        dict.fromkeys(args.seeds), ("ce", "energy", "greg", "greg+")
+    ):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
