@@ -2712,9 +2712,7 @@ def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in a few minutes"""
     runs, cells = args.runs / "demo", {}
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
-    for seed, method in itertools.product(
-        dict.fromkeys(args.seeds), ("ce", "energy", "greg", "greg+")
-    ):
+    for seed, method in itertools.product({*args.seeds}, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
