@@ -2303,11 +2303,11 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
-    train_set, test_set, ood = load_sets(c)
-    aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
-    if same := [k for k, v in ood.items() if aux and torch.is_tensor(aux.x) and v.x.equal(aux.x)]:
-        raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
     with alone(folder):
+        train_set, test_set, ood = load_sets(c)
+        aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
+        if same := [k for k in ood if aux and torch.is_tensor(aux.x) and ood[k].x.equal(aux.x)]:
+            raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
         run = start(c, folder, device, train_set, aux)
         with interrupts(run):
             while run.epoch < c.epochs:
