@@ -2042,7 +2042,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         eval ce --stats dice | --stats dice; eval TMP/renamed --out none | zero;
         figure images --out a.pgn | .png; figure scores nowhere | nowhere; figure 3 ce | auxiliary;
         eval ce --out ce | own folder; certify TMP/react | energy; certify nowhere | nowhere;
-        eval TMP/w.pt | --weights; figure 3 | run folders"""
+        eval TMP/w.pt | weights; figure 3 | folders; train --method ce --id x --out id.npz | File"""
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
     states = {"stopped": {k: v for k, v in state.items() if k != "gamma"}}
     states |= {"renamed": state | {"classes": ["zero", *state["classes"][1:]]}}
