@@ -2709,7 +2709,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
 
 
 def command_demo(args: argparse.Namespace) -> None:
-    """pre-train, fine-tune and attack on built-in images, in a few minutes"""
+    """pre-train, fine-tune and attack on built-in images, in some minutes a seed"""
     runs, cells = args.runs / "demo", {}
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product({*args.seeds}, ("ce", "energy", "greg", "greg+")):
@@ -2863,7 +2863,7 @@ def command_figure(args: argparse.Namespace) -> None:
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
     "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
-    "--out": dict(type="path", help="where to write (by the run; eval: nowhere)"),
+    "--out": dict(type="path", help="where to write (by the run; figure: here; eval: nowhere)"),
     "run": dict(type="path", help="folder of a run"),
     "[run]": dict(type="path", nargs="?", help="folder of a run"),
     "--weights": dict(type="path", help="a weights file, ours or a public one"),
