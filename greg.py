@@ -431,7 +431,8 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
     From each of k clusters of the normalised features the candidates of lowest and highest score,
     the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
-    has one member or none, random candidates fill in. ValueError: too few, or a NaN score."""
+    has one member or none, random candidates fill in. ValueError: too few, or a NaN score.
+    DOS (Jiang et al. 2024) takes from each cluster the lowest s = p_{K+1} alone: ends=(0,)."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -445,11 +446,6 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         chosen[ranked[list(ends)]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
     return (lottery + 2 * chosen).topk(n).indices  # line 8: all chosen (>= 2), then by lottery
-
-
-def dos_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None) -> Tensor:
-    """DOS (Jiang et al. 2024): k indices, from each of k clusters the lowest score, p_{K+1}."""
-    return energy_sampling(z, s, k, generator, ends=(0,))
 
 
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
@@ -1527,7 +1523,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
 
 # Each process of torchrun clusters its own share: batch / processes clusters of its candidates.
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
-DOS_SAMPLING = Sampler(1, lambda z, f, k, g: dos_sampling(z, absent(f), k, g))
+DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
 METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, prepare
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
@@ -1609,17 +1605,22 @@ def fine_tunes(method: str, id_data: str) -> bool:
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
 
 
+def with_whole_paths(c: Config) -> Config:
+    """`c` with absolute paths, where they exist: a run is the same from every folder."""
+
+    def whole(path):
+        return os.path.abspath(path) if os.path.exists(path) else path
+
+    paths = {k: one_spelling(getattr(c, k), whole) for k in ("id", "aux", "init", "root")}
+    return replace(c, ood=tuple(one_spelling(v, whole) if "=" in v else v for v in c.ood), **paths)
+
+
 def resolve(c: Config, theirs: str | None = None) -> Config:
     """`c` with each None filled in from its method's recipe; ValueError for what cannot be.
     `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
     plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
     c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})  # for torch.load
-
-    def whole(path):  # so that a run is the same from every folder
-        return os.path.abspath(path) if os.path.exists(path) else path
-
-    paths = {k: one_spelling(getattr(c, k), whole) for k in ("id", "aux", "init", "root")}
-    c = replace(c, ood=tuple(one_spelling(v, whole) if "=" in v else v for v in c.ood), **paths)
+    c = with_whole_paths(c)
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1718,18 +1719,23 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
     return Config(**known)
 
 
+def name_and_path(spec: Any) -> Sequence[str]:
+    """NAME= and PATH; of a plain path, which may hold a "=" where it exists, "" and itself."""
+    plain = os.path.exists(os.path.expanduser(str(spec)))
+    return ("", str(spec)) if plain else re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
+
+
 def one_spelling(spec: Any, whole: Callable[[str], str] = os.path.realpath) -> str:
     """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
     if spec in ("", *STATS, "synthetic", "random300k", "torchvision"):  # names, not paths
         return spec
-    name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
+    name, path = name_and_path(spec)
     return name + whole(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
 
 
 def same_path(old: Any, new: Any) -> bool:
     """Whether a run's path, or NAME=PATH, is the new one: spelled alike, or moved (and says so)."""
-    alike = one_spelling(old) == one_spelling(new)
-    name, path = re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(old)).groups()
+    alike, (name, path) = one_spelling(old) == one_spelling(new), name_and_path(old)
     gone = not alike and os.path.isabs(path) and not os.path.exists(path)
     moved = gone and re.fullmatch(f"(?s){re.escape(name)}.*/{re.escape(Path(path).name)}", str(new))
     if moved:
@@ -1891,7 +1897,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         kept = {"epoch", "step", "memory", "rows"} & {*state}  # old runs have no rows
         return replace(run, **{k: state[k] for k in kept})
     row = log(run, {"epoch": 0})
-    if c.margins and aux:
+    if c.margins and aux and not METHODS[c.method].margins:
         # The start's means (the energy authors' advice); m_aux >= m_in + 0.72 |m_in|, as -7 to -25.
         m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
         m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
@@ -2312,7 +2318,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         with interrupts(run):
             while run.epoch < c.epochs:
                 train_epoch(run)
-        names = [METHODS[c.method].score] if c.aux else POST_HOC_ROWS
+        names = [*dict.fromkeys([METHODS[c.method].score, *(() if c.aux else POST_HOC_ROWS)])]
         results, raw = evaluate(run.net, train_set, test_set, ood, run.config, names)
         save(run, gamma=results["gamma"][results["score"]], score=results["score"])
         save_results(folder, results, raw)
@@ -2521,8 +2527,12 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     data = one_spelling(id_data)  # by which runs are found
     columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
     columns, rows, notes = [*dict.fromkeys(columns)], [], set()
-    sets = {", ".join([*r["gradient_norm"]][1:]) for r in results}
-    if len(sets) > 1:
+
+    def ood_sets(r):  # names, and of NAME=PATH the file's
+        files = {k: f" ({Path(v).name})" for k, v in map(name_and_path, r["config"]["ood"]) if k}
+        return ", ".join(k + files.get(f"{k}=", "") for k in [*r["gradient_norm"]][1:])
+
+    if len(sets := {ood_sets(r) for r in results}) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
     for label, method, score, *figures in PAPER[number]:
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
@@ -2547,7 +2557,10 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
-    given, methods = chosen(args), args.methods or [row[1] for row in PAPER[args.number]]
+    given, known = chosen(args), [row[1] for row in PAPER[args.number]]
+    methods = args.methods or known
+    if odd := sorted({*methods} - {*known}):
+        raise ValueError(f"table {args.number} has no row of {odd}, but of {sorted({*known})}")
     columns = itertools.product(args.archs or [""], COLUMNS[args.number])
     pairs = dict.fromkeys((given.get("id") or c[0], arch or c[1]) for arch, c in columns)
     runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
@@ -2698,8 +2711,9 @@ def run_folder(runs: Path, c: Config) -> Path:
 def certify_run(folder: Any, device: Any, first: int, given: dict, **options: Any) -> dict:
     """`certify_report` of a run on the `first` images of its test set and OOD sets (or others)."""
     net, c, state = load_run(folder, device)
-    if state["score"] != "energy":
-        raise ValueError(f"certificates are of the energy score; {folder} has {state['score']}")
+    if state["score"] != "energy" or METHODS[c.method].extra_class:
+        has = f"{folder} has {state['score']} of {len(net.fc.bias)} outputs"
+        raise ValueError(f"certificates are of the energy score of the classes; {has}")
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
@@ -2751,7 +2765,8 @@ def command_eval(args: argparse.Namespace) -> None:
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
     for k in [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
         raise ValueError(f"--{k} {given[k]}: {source} was trained with {getattr(c, k)}")
-    c, scores = replace(c, **given, init=str(source)), args.scores or METHODS[c.method].score
+    c = with_whole_paths(replace(c, **given, init=str(source)))
+    scores = args.scores or METHODS[c.method].score
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:

@@ -264,15 +264,15 @@ def test_samplers_take_the_ends_of_each_cluster_and_make_up_the_number(seed, n, 
     k, z, s = min(k, n // 2), normal(seed, n, d, dtype=torch.float32), normal(seed + 1, n)
     s, g = s.round() if ties else s, functools.partial(generator, seed)
     labels = greg.kmeans(F.normalize(F.normalize(z, math.inf)), k, generator=g())[0]
-    hard = s.argsort(stable=True)[n // 8 :][: n // 2]  # NTOM skips the hardest eighth
-    assert torch.equal(greg.quantile_mining(s, len(hard)), hard.sort().values)
-    for sampler, ends in (greg.energy_sampling, (min, max)), (greg.dos_sampling, (min,)):
-        chosen = sampler(z, s, k, g())
+    hard = s.argsort(stable=True)[n // 8 :][: n // 2].sort().values  # NTOM skips an eighth
+    assert torch.equal(greg.quantile_mining(s, len(hard)), hard)
+    for at, ends in ((0, -1), (min, max)), ((0,), (min,)):  # Algorithm 1, and DOS
+        chosen = greg.energy_sampling(z, s, k, g(), at)
         assert len(chosen) == len(chosen.unique()) == len(ends) * k
         for j, end in itertools.product(labels.unique(), ends):
             assert end(s[chosen[labels[chosen] == j]]) == end(s[labels == j])
         lengths = 2.0 ** torch.randint(-80, 90, (n, 1), generator=g())  # directions count
-        assert torch.equal(chosen, sampler(z * lengths, s, k, g()))
+        assert torch.equal(chosen, greg.energy_sampling(z * lengths, s, k, g(), at))
 
 
 def test_candidates_that_fill_no_cluster_are_topped_up_at_random():
@@ -1827,7 +1827,7 @@ def test_the_papers_figures_agree_and_a_table_has_ours_beside_them_and_of_what_t
     assert cells["OE"][0] == "50.00 (19.92)" and cells["Energy loss"][0] == "not run (11.14)"
     assert "- oe: ID cifar10 (64), auxiliary none, fine-tuned, 3 epochs; OOD a, b\n" in text
     assert "- greg: ID cifar10 (all), auxiliary" in text and text.count("not run (") == 56
-    refuses(lambda: greg.paper_table(1, [*runs, fake_result(sets="a")]), "OOD sets, a and a, b")
+    refuses(lambda: greg.paper_table(1, [*runs, fake_result(ood=["a=d/x"])]), "a (x), b and a, b")
     last = [(6, fake_result("ce")), (3, fake_result(id="imagenet:1", arch="densenet121"))]
     (clean, *_), (*_, greg_row, _) = (table_rows(greg.paper_table(n, [r]))[0][1:] for n, r in last)
     assert clean == ["Clean", "12.50 (94.84)", "not run (94.03)"] and len(greg_row) == 11
@@ -1845,9 +1845,9 @@ def test_a_table_knows_its_runs_and_their_starts():
     other = greg.table_runs(parsed(line + " --reduction released --lambda-grad 3 --grad-every 2"))
     (folder,) = [k for k, c in other.items() if plain.get(k) != c]  # options of the others' none
     assert folder.parent.name == "greg-released" and other[folder].lambda_grad == 3
-    runs = greg.table_runs(parsed("table 3 --methods openmix greg --seeds 0 --id imagenet:20"))
+    runs = greg.table_runs(parsed("table 3 --methods oe greg --seeds 0 --id imagenet:20"))
     start = "runs/imagenet:20/densenet121/ce/seed0"
-    assert {c.method: c.init for c in runs.values()} == {"ce": "", "openmix": start, "greg": start}
+    assert {c.method: c.init for c in runs.values()} == {"ce": "", "oe": start, "greg": start}
     runs = greg.table_runs(parsed("table 2 --methods dos --seeds 0")).values()
     assert {(c.method, c.id) for c in runs} == {("dos", "cifar100")} and len(runs) == 3
     assert len(greg.table_runs(parsed("table 4"))) == 2 * 3 * 7
@@ -1901,8 +1901,8 @@ def test_eval_of_a_run_or_of_a_weights_file_gives_the_runs_figures(lab, cli, tmp
     for source in "ce", f"{weights} --ood rays=rays.npy cells=cells.npy":
         out, _ = cli(f"eval {source} --scores 'msp, energy,msp' --out {tmp_path}/new/a")
         ours = greg.read_results(tmp_path / "new/a")
-        assert list(ours["metrics"]) == ["msp", "energy"] and ours["score"] == "energy"
-        assert ours["metrics"] == {k: theirs["metrics"][k] for k in ours["metrics"]}
+        assert ours["score"] == "energy" and ours["config"]["ood"] == theirs["config"]["ood"]
+        assert ours["metrics"] == {k: theirs["metrics"][k] for k in ("msp", "energy")}
         for key, s in np.load(tmp_path / "new/a/scores.npz").items():
             np.testing.assert_array_equal(s, scores[key])
         assert [r[0] for r in table_rows(out)[0]] == ["method", "ce: msp", "ce"]
@@ -2032,17 +2032,17 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(cli, tmp_path, monkeypat
 def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
     mistakes = """
         train --id id.npz --arch wrn10_1 --init ce --aux aux.npy --ood a=aux.npy | trained on;
-        train --method ce --id synthetic --cuda-graph --out TMP/new | one GPU;
-        train --method ce --id synthetic --device cuda:99 | device; table --runs nowhere | nowhere;
-        eval --ood rays=rays.npy ce | before the options; certify greg --images -1 | need images;
-        figure scores TMP/cut | scores.npz is damaged; eval ce --arch resnet18 | --arch resnet18;
-        eval ce --scores energy,absent | 'absent'; eval ce --weights aux.npy | --weights;
-        certify TMP/renamed --out none | zero; table 2 --margins auto | pre-trained;
-        predict TMP/stopped a.png | finished; table --runs . --methods ce | number;
-        eval ce --stats dice | --stats dice; eval TMP/renamed --out none | zero;
-        figure images --out a.pgn | .png; figure scores nowhere | nowhere; figure 3 ce | auxiliary;
-        eval ce --out ce | own folder; certify TMP/react | energy; certify nowhere | nowhere;
-        eval TMP/w.pt | weights; figure 3 | folders; train --method ce --id x --out id.npz | File"""
+        train --method ce --id synthetic --cuda-graph --out TMP/new | one GPU; figure 3 | folders;
+        train --method ce --id synthetic --device cuda:99 | device; figure scores nowhere | nowhere;
+        eval --ood rays=rays.npy ce | before the options; eval ce --arch resnet18 | --arch resnet18;
+        figure scores TMP/cut | scores.npz is damaged; train --method ce --id x --out id.npz | File;
+        eval ce --scores energy,absent | 'absent'; certify greg --images -1 | need images;
+        eval ce --weights aux.npy | --weights; certify TMP/renamed --out none | zero;
+        table 2 --margins auto | pre-trained; predict TMP/stopped a.png | finished;
+        table --runs . --methods ce | number; eval ce --stats dice | stats; eval TMP/w.pt | weigh;
+        eval TMP/renamed --out none | zero; figure images --out a.pgn | .png;
+        table --runs nowhere | nowhere; eval ce --out ce | own folder; certify TMP/react | energy;
+        table 5 --methods oe | no row; certify nowhere | nowhere; figure 3 ce | auxiliary"""
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
     states = {"stopped": {k: v for k, v in state.items() if k != "gamma"}}
     states |= {"renamed": state | {"classes": ["zero", *state["classes"][1:]]}}
