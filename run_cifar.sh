@@ -86,6 +86,6 @@ options=(--runs "$runs" --root "${ROOT:-data}" --seeds "${seeds[@]}")
 [[ ${#methods[@]} -eq 0 ]] || options+=(--methods "${methods[@]}")
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
 has_torch='from importlib.util import find_spec; assert find_spec("torch")'
-if [[ -n $dry_run ]] && command -v "$python" >/dev/null && "$python" -c "$has_torch" 2>/dev/null
+if [[ -n $dry_run ]] && "$python" -c "$has_torch" 2>/dev/null
 then "$python" "$here/greg.py" table "$number" "${options[@]}" ${extra[@]+"${extra[@]}"} --dry-run; fi
 run "$python" "$here/greg.py" table "$number" "${options[@]}" ${extra[@]+"${extra[@]}"}

@@ -77,7 +77,7 @@ options=(--runs "${RUNS:-runs}" --root "$root" --seeds "${seeds[@]}" --workers "
 [[ ${#ood[@]} -eq 0 ]] || options+=(--ood "${ood[@]}")
 command=("${launch[@]}" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"})
 has_torch='from importlib.util import find_spec; assert find_spec("torch")'
-if [[ -n $dry_run ]] && command -v "$python" >/dev/null && "$python" -c "$has_torch" 2>/dev/null
+if [[ -n $dry_run ]] && "$python" -c "$has_torch" 2>/dev/null
 then "$python" "$here/greg.py" table 3 "${options[@]}" ${extra[@]+"${extra[@]}"} --dry-run; fi
 printf '+%s\n' "$(printf ' %q' "${command[@]}")"
 # glibc returns large blocks to the system as soon as they are free, and every step on a CPU waits for

@@ -266,13 +266,13 @@ def test_samplers_take_the_ends_of_each_cluster_and_make_up_the_number(seed, n, 
     labels = greg.kmeans(F.normalize(F.normalize(z, math.inf)), k, generator=g())[0]
     hard = s.argsort(stable=True)[n // 8 :][: n // 2].sort().values  # NTOM skips an eighth
     assert torch.equal(greg.quantile_mining(s, len(hard)), hard)
-    for at, ends in ((0, -1), (min, max)), ((0,), (min,)):  # Algorithm 1, and DOS
-        chosen = greg.energy_sampling(z, s, k, g(), at)
-        assert len(chosen) == len(chosen.unique()) == len(ends) * k
+    for row, v, ends in (greg.ENERGY_SAMPLING, -s, (min, max)), (greg.DOS_SAMPLING, s, (min,)):
+        chosen = row.pick(z, f := F.pad(v[:, None], (1, 0)), k, g())  # logits that rank as s does
+        assert len(chosen) == len(chosen.unique()) == len(ends) * k == row.per_id * k
         for j, end in itertools.product(labels.unique(), ends):
             assert end(s[chosen[labels[chosen] == j]]) == end(s[labels == j])
         lengths = 2.0 ** torch.randint(-80, 90, (n, 1), generator=g())  # directions count
-        assert torch.equal(chosen, greg.energy_sampling(z * lengths, s, k, g(), at))
+        assert torch.equal(chosen, row.pick(z * lengths, f, k, g()))
 
 
 def test_candidates_that_fill_no_cluster_are_topped_up_at_random():
