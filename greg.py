@@ -1816,15 +1816,16 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     return net
 
 
-def chunk(device: torch.device, gpu: int = 128) -> int:
-    """Images at once: few enough for a CPU's cache, or enough to hide a GPU's launches."""
-    return 32 if device.type == "cpu" else gpu
+def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None) -> int:
+    """How many of x at once: few enough for a CPU's cache, or enough to hide a GPU's launches."""
+    cpu = (device or x.device).type == "cpu"
+    return max(1, 32 * 32 * 32 * 3 // math.prod(x.shape[1:])) if cpu else gpu
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
     """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
-        pairs = [features_and_logits(net, part) for part in x.split(chunk(x.device, 512))]
+        pairs = [features_and_logits(net, part) for part in x.split(chunk(x, 512))]
     return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
 
 
@@ -2063,7 +2064,7 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
-        logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x.device)), f"probe {kind}")
+        logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x)), f"probe {kind}")
         gradient = torch.cat([input_gradients(run.net, part) for part in parts]).mean().item()
         s[kind] = energy_score(logits)
         row |= {f"probe_s_{kind}": s[kind].mean().item(), f"probe_gradient_{kind}": gradient}
@@ -2251,7 +2252,7 @@ def evaluate(
     fit, device = Fit(post_hoc(c.id, c.arch, K), std), net.fc.weight.device
 
     def parts(images, what):
-        for i in bar(torch.arange(len(images.x)).split(chunk(device)), what):
+        for i in bar(torch.arange(len(images.x)).split(chunk(images.x, device=device)), what):
             yield normalise(images.pixels(i).to(device), mean, std)
 
     if NEED_FIT & {*names}:
@@ -2381,7 +2382,7 @@ def certify_report(
         return energy_score(net(x)).detach()
 
     def over(f, x, *args):
-        return torch.cat([f(part, *args) for part in bar(x.split(chunk(x.device)), f.__name__)])
+        return torch.cat([f(part, *args) for part in bar(x.split(chunk(x)), f.__name__)])
 
     def attacked(x, eps, side=-math.inf):
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
