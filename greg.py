@@ -24,6 +24,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import glob
 import hashlib
 import io
 import itertools
@@ -313,6 +314,7 @@ def greg_loss(
     return GregLoss(ce + lambda_s * energy + lambda_grad * gradient, ce, energy, gradient, f, s)
 
 
+# ---- Auxiliary losses of the methods that GReg is compared with.
 def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
     """Outlier Exposure (Hendrycks et al. 2019): cross-entropy of f_aux to uniform, minus ln K."""
     return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
@@ -448,6 +450,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     return (lottery + 2 * chosen).topk(n).indices  # line 8: all chosen (>= 2), then by lottery
 
 
+# ---- Samplers of the methods that GReg+ is compared with.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): the n lowest scores, p_{K+1}, once the lowest share q is skipped."""
     first = int(q * len(s))
@@ -2810,7 +2813,8 @@ def command_table(args: argparse.Namespace) -> None:
     if args.number is None:
         if chosen(args) or args.methods or args.archs or args.dry_run or args.seeds != [0, 1, 2]:
             raise ValueError("options choose among the runs of a table: name its number, 1 to 6")
-        results = [read_results(p.parent) for p in sorted(args.runs.rglob("results.json"))]
+        at = sorted(glob.iglob("**/results.json", root_dir=args.runs, recursive=True))  # links too
+        results = [read_results((args.runs / p).parent) for p in at]
         if not results:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
