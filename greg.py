@@ -206,7 +206,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     same layers differently but list them in forward order: each pair agrees in role (the name's
     last part) and shape. ValueError for what does not fit, OSError without the file."""
     state = state or read_tensors(path)  # `state`: what was read of it already
-    for key in ("net", "state_dict", "model_state_dict", "model", "ema"):
+    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
         state = state.get(key, state) if isinstance(state, dict) else state
     ours, theirs = (  # but for batch norm's counters, which old files lack
         {k: v for k, v in d.items() if isinstance(v, Tensor) and not k.endswith("batches_tracked")}
@@ -218,7 +218,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
     fits = [keys for keys in fits if len(keys) == len(ours)]
     if len(fits) != 1:
-        has = f"{path} has {len(theirs)} tensors ({', '.join([*theirs][:3])}, ...)"
+        keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
+        has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
         fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
         raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
     pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
@@ -228,6 +229,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
             shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
             raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
+        if not theirs[its].isfinite().all():
+            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
     net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)
     return net
 
@@ -245,8 +248,8 @@ def energy_score(logits: Tensor) -> Tensor:
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
     """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², of
     the scores on the wrong side of their margin: s_in [n], s_aux [m], neither empty -> scalar."""
-    if not (len(s_in) and len(s_aux)):
-        raise ValueError(f"need ID and auxiliary samples, got {len(s_in)} and {len(s_aux)}")
+    if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
+        raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
 
 
@@ -296,7 +299,7 @@ def greg_loss(
     its own, that of S. Raises ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for
     compiled modules or DDP's static_graph, which may lose second derivatives. Where attention is
     checkpointed, call backward(), which repeats it, under `sdpa_kernel(SDPBackend.MATH)` too."""
-    if aux_loss is None and not m_in < m_aux:
+    if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
     for m in net.modules() if lambda_grad else ():
@@ -803,12 +806,17 @@ def attack(
 
     Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
     lowers S, +inf raises it, for all x: no flips. The first start is x, others random; steps begin
-    at eps / 2, by turns at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, γ, S.
+    at eps / 2, by turns at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, x, γ, S.
     """
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
-    bad = not ((eps >= 0) & (eps < math.inf)).all() or math.isnan(gamma)
-    if bad or min(steps, restarts) < 1 or any(m.training for m in net.modules()):
-        raise ValueError("attacks need 0 <= eps < inf, γ, steps, restarts >= 1, and net.eval()")
+    odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
+    if (
+        odd
+        or math.isnan(gamma)
+        or min(steps, restarts) < 1
+        or any(m.training for m in net.modules())
+    ):
+        raise ValueError("need 0 <= eps < inf, γ, x within clamp, steps, restarts >= 1, net.eval()")
     limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), 0 * limit[:, 0]
     if s_worst.isnan().any():
@@ -1423,12 +1431,11 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
-    has = (f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
-    holds = ", ".join(has) or "no numbers"
+    holds = ", ".join(f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
     if len(named) != 1:
-        raise ValueError(f"{where} holds {holds}: need one uint8 [N,H,W,3], one named x or {split}")
+        raise ValueError(f"{where} holds ({holds}): need a uint8 [N,H,W,3], one named x or {split}")
     if len(arrays) > 1:
-        remark(f"{where} holds {holds}: {named[0]} is used")
+        remark(f"{where} holds ({holds}): {named[0]} is used")
     return Images(arrays[named[0]])
 
 
@@ -1449,7 +1456,8 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, _, path = item.partition("=")
-        if name in sets or path and (name in ("", "id", "mean") or "/" in name):
+        odd = name in ("", "id", "mean") or "/" in name or not name.isprintable()
+        if name in sets or path and odd:
             raise ValueError(f"--ood {item}: the name {name!r} is taken, or cannot be a set's")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
@@ -1540,8 +1548,7 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "ntom": Method(absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, True),
     "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, True),
     "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
-    # The paper leaves open what "correctly detected" is for OE's score, the maximum softmax
-    # probability p: here p >= 1/2 for ID and p <= 1/2 for auxiliary images.
+    # What "correctly detected" is for OE's score the paper leaves open: here a probability of 1/2.
     "oe+grad": Method(oe_loss, Sampler(2), msp, "msp", lambda_s=0.5, margins=(-0.5, -0.5)),
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
@@ -1609,21 +1616,16 @@ def fine_tunes(method: str, id_data: str) -> bool:
 
 
 def with_whole_paths(c: Config) -> Config:
-    """`c` with absolute paths, where they exist: a run is the same from every folder."""
-
-    def whole(path):
-        return os.path.abspath(path) if os.path.exists(path) else path
-
-    paths = {k: one_spelling(getattr(c, k), whole) for k in ("id", "aux", "init", "root")}
-    return replace(c, ood=tuple(one_spelling(v, whole) if "=" in v else v for v in c.ood), **paths)
+    """`c` with one spelling of each path that exists: a run is the same from every folder."""
+    paths = {k: one_spelling(str(getattr(c, k)), True) for k in ("id", "aux", "init", "root")}
+    return replace(c, ood=tuple(one_spelling(v, True) if "=" in v else v for v in c.ood), **paths)
 
 
 def resolve(c: Config, theirs: str | None = None) -> Config:
     """`c` with each None filled in from its method's recipe; ValueError for what cannot be.
     `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
-    plain = ((k, v.item() if hasattr(v, "item") else v) for k, v in asdict(c).items())
-    c = Config(**{k: str(v) if isinstance(v, Path) else v for k, v in plain})  # for torch.load
-    c = with_whole_paths(c)
+    plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # for torch.load
+    c = with_whole_paths(replace(c, **plain))
     for f in fields(Config):
         if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
             raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
@@ -1647,7 +1649,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
-    same = re.sub("/(train|test)$", "", one_spelling(c.aux)) == one_spelling(c.id)
+    same = f"{one_spelling(c.aux)}/".startswith(f"{one_spelling(c.id)}/")
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1728,12 +1730,14 @@ def name_and_path(spec: Any) -> Sequence[str]:
     return ("", str(spec)) if plain else re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
 
 
-def one_spelling(spec: Any, whole: Callable[[str], str] = os.path.realpath) -> str:
-    """A path or NAME=PATH, spelled in one way; a run's checkpoint as the run: to be compared."""
+def one_spelling(spec: Any, if_there: bool = False) -> str:
+    """A path or NAME=PATH in one spelling (`if_there`: where it exists); of a run for its file."""
     if spec in ("", *STATS, "synthetic", "random300k", "torchvision"):  # names, not paths
         return spec
     name, path = name_and_path(spec)
-    return name + whole(os.path.expanduser(path)).removesuffix("/checkpoint.pt")
+    path = os.path.expanduser(path)
+    path = os.path.realpath(path) if os.path.exists(path) or not if_there else path
+    return name + path.removesuffix("/checkpoint.pt")
 
 
 def same_path(old: Any, new: Any) -> bool:
@@ -1802,7 +1806,12 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """A configuration's starting network; what --init lacks (a head, output K+1) by its seed."""
     K = len(classes)
     torch.manual_seed(c.seed)
-    net = ARCHS[c.arch](K + METHODS[c.method].extra_class)
+    outputs = K + METHODS[c.method].extra_class
+    net = ARCHS[c.arch](outputs)
+    if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
+        raise ValueError(
+            f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of {outputs} outputs, with bias"
+        )
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS[c.arch](1000), weights).features
@@ -2290,11 +2299,14 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    paper = IMAGENET_OOD if c.id.partition(":")[0] == "imagenet" else PAPER_OOD
-    specs = c.ood or (["synthetic"] if c.id == "synthetic" else paper)
+    aux = "" if c.aux.endswith(".npz") else c.aux  # an archive's training images may be those
+    used = {one_spelling(v) for v in (c.id, aux) if v}
+    if same := [v for v in c.ood if "=" in v and one_spelling(name_and_path(v)[1]) in used]:
+        raise ValueError(f"--ood {same[0]} is the ID or the auxiliary data, which was trained on")
+    own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
-        ood = load_ood(specs, c.root, c.download, train_set.x.shape[1])
+        ood = load_ood(c.ood or own, c.root, c.download, train_set.x.shape[1])
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2333,11 +2345,11 @@ def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) 
     """scores.npz, results.md, and last results.json, which marks a run as finished."""
     import numpy as np
 
-    arrays = io.BytesIO()
+    arrays, text = io.BytesIO(), json.dumps(results, indent=1, allow_nan=False)  # or raises
     np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
     write_atomically(folder / "scores.npz", arrays.getbuffer())
     write_atomically(folder / "results.md", results_table([results], file=True))
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_atomically(folder / "results.json", text)
     if world()[1] > 1:  # another run may start from these files
         torch.distributed.barrier()
 
@@ -2479,47 +2491,43 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
 
 
 # The paper's tables: "number data networks sets metrics", whose product is the columns, then rows
-# "label method score figures", one a line or after a |.
+# "label, method (or a score of ce), figures", one a line or after a |.
 _PAPER = """
-1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP ce msp 58.04 90.49 51.52 90.8 52.56 91.7
-ODIN ce odin 34.46 91.59 35.23 89.82 24.88 94.42
-Energy_score ce energy 39.32 92.24 33.4 91.76 28.99 94.09
-ReAct ce react 39.44 92.30 37.54 91.49 25.83 95.27 | DICE ce dice 42.40 91.25 34.12 91.74 26.37 94.61
-LINe ce line 45.25 90.59 36.27 90.2 14.84 96.95 | OE oe msp 19.92 95.71 21.12 95.55 21.76 95.8
-Energy_loss energy energy 11.14 97.53 13.11 97.14 11.26 97.43
-OpenMix openmix msp 22.24 96.26 21.92 96 22.86 95.65 | GReg greg energy 7.9 97.95 7.95 98.1 7.93 98.12
+1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP msp 58.04 90.49 51.52 90.8 52.56 91.7
+ODIN odin 34.46 91.59 35.23 89.82 24.88 94.42 | Energy_score ce 39.32 92.24 33.4 91.76 28.99 94.09
+ReAct react 39.44 92.30 37.54 91.49 25.83 95.27 | DICE dice 42.40 91.25 34.12 91.74 26.37 94.61
+LINe line 45.25 90.59 36.27 90.2 14.84 96.95 | OE oe 19.92 95.71 21.12 95.55 21.76 95.8
+Energy_loss energy 11.14 97.53 13.11 97.14 11.26 97.43
+OpenMix openmix 22.24 96.26 21.92 96 22.86 95.65 | GReg greg 7.9 97.95 7.95 98.1 7.93 98.12
 2 cifar100 resnet18,wrn40_2,densenet100 mean fpr95,auroc
-MSP ce msp 74.66 80.10 80.39 75.37 85.87 68.78 | ODIN ce odin 64.00 84.33 67.95 79.86 69.97 81.55
-Energy_score ce energy 68.46 84.15 74.15 79.26 78.91 76.12
-ReAct ce react 59.38 87.59 70.65 80.2 76.27 80.1 | DICE ce dice 77.29 80.35 72.32 79.62 69.80 80.50
-LINe ce line 72.09 82.93 67.5 80.9 35.16 88.72 | OE oe msp 77.32 63.89 74.22 65.70 60.52 84.21
-Energy_loss energy energy 62.77 84.05 65.62 80.18 64.37 83.86
-POEM poem energy 61.11 82.43 62.58 79.74 59.33 79.81
-OpenMix openmix msp 59.64 88.09 73.12 79.23 67.29 84.47
-DOS dos absent 54.62 88.30 45.26 90.76 34.92 93.22 | GReg greg energy 59.6 82.92 58.26 86.56 56.29 87.35
-GReg+ greg+ energy 50.78 88.75 48.12 91.02 30.55 93.38
+MSP msp 74.66 80.10 80.39 75.37 85.87 68.78 | ODIN odin 64.00 84.33 67.95 79.86 69.97 81.55
+Energy_score ce 68.46 84.15 74.15 79.26 78.91 76.12 | ReAct react 59.38 87.59 70.65 80.2 76.27 80.1
+DICE dice 77.29 80.35 72.32 79.62 69.80 80.50 | LINe line 72.09 82.93 67.5 80.9 35.16 88.72
+OE oe 77.32 63.89 74.22 65.70 60.52 84.21 | Energy_loss energy 62.77 84.05 65.62 80.18 64.37 83.86
+POEM poem 61.11 82.43 62.58 79.74 59.33 79.81 | OpenMix openmix 59.64 88.09 73.12 79.23 67.29 84.47
+DOS dos 54.62 88.30 45.26 90.76 34.92 93.22 | GReg greg 59.6 82.92 58.26 86.56 56.29 87.35
+GReg+ greg+ 50.78 88.75 48.12 91.02 30.55 93.38
 3 imagenet densenet121 inaturalist,sun,places,textures,mean fpr95,auroc
-MSP ce msp 62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87
-ODIN ce odin 48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66
-Energy_score ce energy 54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59
-ReAct ce react 51.88 91.52 52.48 90.81 49.56 90.92 64.61 83.77 54.63 89.25
-DICE ce dice 32.86 93.6 41.35 92.9 45.82 91.58 65.2 78.61 46.3 89.17
-LINe ce line 29.47 93.77 37.29 92.85 38.85 92.16 52.32 86.38 39.48 91.29
-OE oe msp 34.56 92.75 54.63 89.75 54.86 89.05 76.2 75.55 55.06 86.78
-Energy_loss energy energy 18.44 95.91 50.19 90.37 49.32 90.47 62.96 77.78 45.23 88.63
-DOS dos absent 61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97
-GReg greg energy 29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13
-GReg+ greg+ energy 24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06
-4 cifar10,cifar100 densenet100 mean fpr95,auroc | OE oe msp 21.76 95.8 60.52 84.21
-OE_+_Grad oe+grad msp 18.79 96.32 62.54 84.71 | Energy energy energy 11.26 97.43 64.37 83.86
-Energy_+_Grad greg energy 7.93 98.12 56.29 87.35 | POEM poem energy 29.15 94.18 59.33 79.81
-POEM_+_Grad poem+grad energy 23.87 95.41 47.94 86.63
-5 cifar100 densenet100 mean fpr95,auroc | POEM poem energy 59.33 79.81 | DOS dos absent 34.92 93.22
-Energy_only_clustering energy+sampling energy 31.77 93.20 | GReg+ greg+ energy 30.55 93.38
-6 cifar10 wrn40_2,densenet100 ID accuracy | Clean ce energy 94.84 94.03
-Energy_loss energy energy 88.15 91.82 | GReg greg energy 89.55 92.14 | DOS dos absent 78.90 87.06
-GReg+ greg+ energy 83.06 89.89
-"""  # noqa: E501
+MSP msp 62.6 87.09 64.3 86.64 62.3 86.72 78.3 75.03 66.87 83.87
+ODIN odin 48.5 92.07 53.9 90.77 49.3 91.06 69.6 80.77 55.32 88.66
+Energy_score ce 54 90.77 52.5 90.7 46.6 91.37 73.1 77.54 56.55 87.59
+ReAct react 51.88 91.52 52.48 90.81 49.56 90.92 64.61 83.77 54.63 89.25
+DICE dice 32.86 93.6 41.35 92.9 45.82 91.58 65.2 78.61 46.3 89.17
+LINe line 29.47 93.77 37.29 92.85 38.85 92.16 52.32 86.38 39.48 91.29
+OE oe 34.56 92.75 54.63 89.75 54.86 89.05 76.2 75.55 55.06 86.78
+Energy_loss energy 18.44 95.91 50.19 90.37 49.32 90.47 62.96 77.78 45.23 88.63
+DOS dos 61.63 88.68 42.69 93.23 45.49 93.37 47.45 92.63 49.31 91.97
+GReg greg 29.54 94.94 45.86 92.53 45.35 92.06 68.29 80.98 47.26 90.13
+GReg+ greg+ 24.11 95 33.98 92.31 32.89 92.7 49.32 88.22 35.08 92.06
+4 cifar10,cifar100 densenet100 mean fpr95,auroc | OE oe 21.76 95.8 60.52 84.21
+OE_+_Grad oe+grad 18.79 96.32 62.54 84.71 | Energy energy 11.26 97.43 64.37 83.86
+Energy_+_Grad greg 7.93 98.12 56.29 87.35 | POEM poem 29.15 94.18 59.33 79.81
+POEM_+_Grad poem+grad 23.87 95.41 47.94 86.63
+5 cifar100 densenet100 mean fpr95,auroc | POEM poem 59.33 79.81 | DOS dos 34.92 93.22
+Energy_only_clustering energy+sampling 31.77 93.20 | GReg+ greg+ 30.55 93.38
+6 cifar10 wrn40_2,densenet100 ID accuracy | Clean ce 94.84 94.03 | Energy_loss energy 88.15 91.82
+GReg greg 89.55 92.14 | DOS dos 78.90 87.06 | GReg+ greg+ 83.06 89.89
+"""
 _TABLES = [re.split(r"[|\n]", text) for text in re.split(r"\n(?=\d)", _PAPER.strip())]
 PAPER = {int(head.split()[0]): [row.split() for row in rows] for head, *rows in _TABLES}
 _HEADS = ([words.split(",") for words in head.split()] for head, *_ in _TABLES)
@@ -2530,7 +2538,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
     data = one_spelling(id_data)  # by which runs are found
     columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
-    columns, rows, notes = [*dict.fromkeys(columns)], [], set()
+    columns, rows, notes, found = [*dict.fromkeys(columns)], [], set(), {}
 
     def ood_sets(r):  # names, and of NAME=PATH the file's
         files = {k: f" ({Path(v).name})" for k, v in map(name_and_path, r["config"]["ood"]) if k}
@@ -2538,19 +2546,19 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
 
     if len(sets := {ood_sets(r) for r in results}) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
-    for label, method, score, *figures in PAPER[number]:
+    for r in results:
+        c = r["config"]
+        found.setdefault((one_spelling(c["id"]), c["arch"], c["method"]), []).append(r)
+        note = f"- {c['method']}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), auxiliary "
+        note += f"{path_stem(c['aux'] or 'none')}, {'fine-tuned' if c['init'] else 'from scratch'}"
+        notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
+    for label, name, *figures in PAPER[number]:
+        method, score = (name, METHODS[name].score) if name in METHODS else ("ce", name)
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
         for *wanted, key, metric in columns:
-            values, theirs = [], paper.get((*wanted, key, metric))
-            for r in results:
-                c, cells = r["config"], r["metrics"].get(score, {}) | {"ID": r}
-                which = one_spelling(c["id"]), c["arch"], c["method"]
-                if which == (*wanted, method) and key in cells:
-                    values.append(cells[key][metric])
-                    note = f"- {method}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), "
-                    note += f"auxiliary {path_stem(c['aux'] or 'none')}, "
-                    note += "fine-tuned" if c["init"] else "from scratch"
-                    notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
+            runs, theirs = found.get((*wanted, method), ()), paper.get((*wanted, key, metric))
+            cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)
+            values = [v[key][metric] for v in cells if key in v]
             ours = mean_std(values) if values else "not run"
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
@@ -2561,14 +2569,17 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
-    given, known = chosen(args), [row[1] for row in PAPER[args.number]]
+    given, names = chosen(args), (name for _, name, *_ in PAPER[args.number])
+    known = [name if name in METHODS else "ce" for name in names]
     methods = args.methods or known
     if odd := sorted({*methods} - {*known}):
         raise ValueError(f"table {args.number} has no row of {odd}, but of {sorted({*known})}")
     columns = itertools.product(args.archs or [""], COLUMNS[args.number])
     pairs = dict.fromkeys((given.get("id") or c[0], arch or c[1]) for arch, c in columns)
     runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
-    for (data, arch), seed, method in itertools.product(pairs, args.seeds, starts + methods):
+    for (data, arch), seed, method in itertools.product(
+        pairs, args.seeds or SEEDS, starts + methods
+    ):
         c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
         if fine_tunes(method, data):
             c = replace(c, init=str(run_folder(args.runs, replace(c, method="ce"))))
@@ -2716,8 +2727,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
     """`certify_report` of a run on the `first` images of its test set and OOD sets (or others)."""
     net, c, state = load_run(folder, device)
     if state["score"] != "energy" or METHODS[c.method].extra_class:
-        has = f"{folder} has {state['score']} of {len(net.fc.bias)} outputs"
-        raise ValueError(f"certificates are of the energy score of the classes; {has}")
+        raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
@@ -2728,9 +2738,9 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
 
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in some minutes a seed"""
-    runs, cells = args.runs / "demo", {}
+    runs, cells, seeds = args.runs / "demo", {}, args.seeds or SEEDS
     short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
-    for seed, method in itertools.product({*args.seeds}, ("ce", "energy", "greg", "greg+")):
+    for seed, method in itertools.product({*seeds}, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
         more |= {"arch": "wrn10_1", "batch": 32, "channels_last": True}
@@ -2742,10 +2752,10 @@ def command_demo(args: argparse.Namespace) -> None:
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {args.seeds}. Attacked (ℓ2 0.25): OOD to
+    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {seeds}. Attacked (ℓ2 0.25): OOD to
 look ID, ID to be rejected. What to look at: outlier exposure (energy) should lower FPR95; the
 gradient term (greg) ‖∇S‖, and with it what attacks achieve.""")
-    folders = [runs / method / f"seed{args.seeds[0]}" for method in ("energy", "greg")]
+    folders = [runs / method / f"seed{seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
 
@@ -2770,7 +2780,7 @@ def command_eval(args: argparse.Namespace) -> None:
     for k in [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
         raise ValueError(f"--{k} {given[k]}: {source} was trained with {getattr(c, k)}")
     c = with_whole_paths(replace(c, **given, init=str(source)))
-    scores = args.scores or METHODS[c.method].score
+    scores = ",".join(args.scores or [METHODS[c.method].score])
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:
@@ -2811,7 +2821,7 @@ def command_predict(args: argparse.Namespace) -> int:
 def command_table(args: argparse.Namespace) -> None:
     """run what a table of the paper needs, and print it; or print all finished runs"""
     if args.number is None:
-        if chosen(args) or args.methods or args.archs or args.dry_run or args.seeds != [0, 1, 2]:
+        if chosen(args) or args.methods or args.archs or args.dry_run or args.seeds:
             raise ValueError("options choose among the runs of a table: name its number, 1 to 6")
         at = sorted(glob.iglob("**/results.json", root_dir=args.runs, recursive=True))  # links too
         results = [read_results((args.runs / p).parent) for p in at]
@@ -2844,7 +2854,8 @@ def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
     load_run(args.run, "cpu")  # raises for none, before a folder is made
     folder = args.out or (args.run.parent if args.run.is_file() else args.run)
-    options = {"epsilons": args.eps, "sigma": args.sigma, "n": args.draws, "local": args.local}
+    options = {"epsilons": args.eps} if args.eps else {}
+    options |= {"sigma": args.sigma, "n": args.draws, "local": args.local}
     with alone(folder):
         report = certify_run(args.run, args.device, args.images, chosen(args), **options)
     cells, panels = [], {}
@@ -2879,24 +2890,24 @@ def command_figure(args: argparse.Namespace) -> None:
     say(str(out))
 
 
-# What argparse is told of the arguments that are no fields of Config.
-ARGUMENTS: dict[str, dict[str, Any]] = {
+SEEDS = [0, 1, 2]  # where --seeds names none
+ARGUMENTS: dict[str, dict[str, Any]] = {  # what argparse is told of all but Config's fields
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
     "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
     "--out": dict(type="path", help="where to write (by the run; figure: here; eval: nowhere)"),
     "run": dict(type="path", help="folder of a run"),
     "[run]": dict(type="path", nargs="?", help="folder of a run"),
     "--weights": dict(type="path", help="a weights file, ours or a public one"),
-    "--scores": dict(help=f"comma-separated: {', '.join(SCORES)} (the method's)"),
+    "--scores": dict(action="append", help=f"comma-separated: {', '.join(SCORES)} (the method's)"),
     "images": dict(type="path", nargs="+", help="image files, or folders of them"),
     "number": dict(type=int, nargs="?", choices=PAPER, help="1 to 6 (all finished runs)"),
     "--read": dict(action="store_true", help="print what these options have finished, run nothing"),
     "--dry-run": dict(action="store_true", help="print the runs as commands, run nothing"),
-    "--seeds": dict(type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)"),
-    "--archs": dict(nargs="+", default=[], choices=ARCHS, help="other networks"),
-    "--methods": dict(nargs="+", default=[], choices=METHODS, help="some of its methods"),
+    "--seeds": dict(type=int, nargs="+", action="extend", help="(default: 0 1 2)"),
+    "--archs": dict(nargs="+", action="extend", choices=ARCHS, help="other networks"),
+    "--methods": dict(nargs="+", action="extend", choices=METHODS, help="some of its methods"),
     "--images": dict(type=int, default=200, help="images of each set (default: 200)"),
-    "--eps": dict(type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5], help="ℓ2 radii"),
+    "--eps": dict(type=float, nargs="+", action="extend", help="ℓ2 radii (0.05 0.1 0.25 0.5)"),
     "--sigma": dict(type=float, default=0.1, help="noise of smoothing (default: 0.1)"),
     "--draws": dict(type=int, default=500, help="draws an image; 0: no smoothing (500)"),
     "--local": dict(action="store_true", help="local bounds too (networks of few layers)"),
@@ -2925,7 +2936,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line, from ARGUMENTS, COMMANDS and the fields of Config."""
-    top = Parser(prog="greg.py", description=__doc__.split("\n\n")[0])
+
+    top = Parser(prog="greg.py", description=(__doc__ or "").split("\n\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     kinds = {"bool": {"action": "store_true"}, "Sequence[str]": {"nargs": "+", "action": "extend"}}
     kinds |= {"int": {"type": int}, "float": {"type": float}, "str": {"type": os.path.expanduser}}
@@ -2955,7 +2967,7 @@ def pick_device(name: str) -> torch.device:
             slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
             kind = "nccl" if device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(kind, timeout=slow)
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"no device {name!r}, or torchrun's processes do not meet: {e}") from None
     return device
 
@@ -2966,7 +2978,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without λ gets a replacement, not an error
             stream.reconfigure(errors="replace")
     try:
-        args = parser().parse_args(argv)
+        if "" in (words := sys.argv[1:] if argv is None else argv):  # it would be this folder
+            raise ValueError("an argument is empty: a variable that is not set?")
+        args = parser().parse_args(words)
         args.device = pick_device(args.device)
         if sys.stderr and sys.stderr.isatty():  # a sign of life: more imports take seconds
             remark(f"on {args.device}")
