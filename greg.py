@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the paper, on torch alone (and SciPy
-in one function); 7-9 run it.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the paper, what it compares with and
+what its certificates need, on torch alone (and SciPy in one function); 7-9 run it.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -14,8 +14,8 @@ in one function); 7-9 run it.
     8  Training            4, 6.1           the table of methods, the loop, checkpoints, speed
     9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
 
-Notation: S or s the score, LOW MEANS ID everywhere; m_in, m_aux margins; z = h(x) features; gamma
-the threshold (ID iff s <= gamma); N samples, K classes, d features, k clusters, images [N,C,H,W].
+Notation: S or s the score, LOW MEANS ID everywhere; m_in, m_aux margins; z = h(x) features (in 4
+logits); gamma the threshold (ID iff s <= gamma); N samples, K classes, d features, k clusters.
 """
 
 from __future__ import annotations
@@ -295,10 +295,10 @@ def greg_loss(
 
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
     as they are, first in a tuple, or as "logits" in a mapping. On another method (Table 4):
-    aux_loss(f_in, f_aux, y_in) takes Eq. (1)'s place, and `score`, low for ID and with margins of
-    its own, that of S. Raises ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for
-    compiled modules or DDP's static_graph, which may lose second derivatives. Where attention is
-    checkpointed, call backward(), which repeats it, under `sdpa_kernel(SDPBackend.MATH)` too."""
+    aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` (low for ID, own margins) S. Raises
+    ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for compiled modules or DDP's
+    static_graph, which may lose second derivatives. With checkpointed attention, call backward()
+    under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x as given: normalised."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
@@ -317,7 +317,7 @@ def greg_loss(
     return GregLoss(ce + lambda_s * energy + lambda_grad * gradient, ce, energy, gradient, f, s)
 
 
-# ---- Auxiliary losses of the methods that GReg is compared with.
+# ---- Auxiliary losses of other methods.
 def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
     """Outlier Exposure (Hendrycks et al. 2019): cross-entropy of f_aux to uniform, minus ln K."""
     return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
@@ -366,7 +366,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
-    ValueError unless `net` returns that tensor, read as in `greg_loss` (in-place changes pass)."""
+    ValueError unless `net` returns that tensor, as for `greg_loss`; in-place changes go unseen."""
     caught = []
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
@@ -406,7 +406,7 @@ def kmeans(
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break  # the last pass only assigns
                 old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
-                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # cluster means
+                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # by cluster
                 c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
                 moved = (c - old).square().sum()
             runs.append((distance.sum().item(), labels, c))
@@ -450,16 +450,16 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         ranked = order[labels[order] == j]  # line 5: I, by score
         chosen[ranked[list(ends)]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
-    return (lottery + 2 * chosen).topk(n).indices  # line 8: all chosen (>= 2), then by lottery
+    return (lottery + 2 * chosen).topk(n).indices  # line 8: the chosen have 2 and more
 
 
-# ---- Samplers of the methods that GReg+ is compared with.
+# ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
-    """NTOM (Chen et al. 2021): the n lowest scores, p_{K+1}, once the lowest share q is skipped."""
+    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after a share q of lower ones."""
     first = int(q * len(s))
     if s.dim() != 1 or first + n > len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # not the hardest first
+    return s.argsort(stable=True)[first : first + n].sort().values  # in their order
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[Tensor, Tensor]:
@@ -484,8 +484,8 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # Needs: Net, Residual, Concat, Normalize (1), energy_score (2), and SciPy for smoothing.
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. All is in float64, norms are rounded up and, by `certify`, radii down
-# by 1e-9: that covers float64's rounding unless sums cancel, not a detector's in float32.
+# in the units of its input. In float64, norms rounded up and, by `certify`, radii down by 1e-9,
+# certificates cover float64's rounding unless sums cancel, not that of a detector in float32.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
@@ -557,7 +557,7 @@ def _linear(m, x, f):
     if type(m) is Normalize:
         _demand(m, (x / m.std).shape == x.shape)  # nothing is broadcast
         return x * f(1 / m.std)
-    return m(x)  # no weights
+    return m(x)  # pools and the like; squares stop before them
 
 
 def _carry(net, c, r, relu, f):  # r: c's derivatives (region), or radii around c (local)
@@ -577,9 +577,9 @@ def _carry(net, c, r, relu, f):  # r: c's derivatives (region), or radii around 
 def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: int = 1) -> float:
     """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
 
-    On a torus of at least hw + 2 padding no window that is kept wraps, so the circular convolution
-    is no smaller: block-diagonal in Fourier space (Sedghi et al. 2019), s² blocks side by side for
-    a stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
+    It is a part of the circular one on a torus of at least hw + 2 padding, whose norm is no smaller
+    and which is block-diagonal in Fourier space (Sedghi et al. 2019), s² aliases side by side at
+    stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
     w, sizes = weight.detach().cpu().double(), []
@@ -596,7 +596,7 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """w' [C]: if the input is diag(w) g of a 1-Lipschitz g, `net` of it is diag(w') g' likewise.
+    """w' [C] such that net(diag(w) g) = diag(w') g' with g' 1-Lipschitz if g is.
 
     x: any input, for its shapes. ReLU leaves w, so g' = relu g. Branches diag(v) g, diag(w) h are
     diag(t v) g/t, diag(u w) h/u: (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1; t² = 1 + ratio."""
@@ -633,7 +633,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
     As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks (by 5 to 40 powers of ten). NotImplementedError (below too): a layer without a rule.
+    networks. NotImplementedError (below too): a layer without a rule.
     """
     x = [*net.parameters(), torch.zeros(())][0].new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
@@ -682,7 +682,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     """A radius within which -LSE(z + A u) >= γ, 0 if u = 0 is not OOD; to cap by ε̂. Sound.
 
     Not |γ - S| / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
-    The larger root r of LSE(z_i + r ‖A_i‖) = -γ and of S - r ‖∇S‖ - R² r² / 8 = γ, where
+    The larger of two roots r, of LSE(z_i + r ‖A_i‖) = -γ and of S - r ‖∇S‖ - R² r² / 8 = γ, where
     R = max_ij ‖A_i - A_j‖ (Hoeffding's lemma on LSE(z + v) - LSE(z) = log E_p e^v, p = softmax(z)).
     """
     z, A, m, slope = _tangent(z, A, gamma)
@@ -698,7 +698,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
 
 
 # ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
-# layers give Wc and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
+# layers give Wc + b and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
     """ReLU of an interval (c, r); backward, [a, b] of cotangents times [low, high] of slopes."""
 
@@ -727,7 +727,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    r = torch.zeros_like(x, requires_grad=True)  # 0 up to the box, but a leaf: its gradient is g_r
+    r = torch.zeros_like(x, requires_grad=True)  # 0, but a leaf, so that autograd gives g_r
     c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
         m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes eps √squares
@@ -781,8 +781,8 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
     from scipy.stats import beta
 
     n, k = s.shape[1], (s <= gamma).sum(1).cpu().double()
-    if not 0 < alpha < 1 or not sigma > 0 or s.isnan().any() or math.isnan(gamma):
-        raise ValueError("need 0 < alpha < 1, sigma > 0, and no NaN in scores or gamma")
+    if not (0 < alpha < 1 and 0 < sigma < math.inf) or s.isnan().any() or math.isnan(gamma):
+        raise ValueError("need 0 < alpha < 1, 0 < sigma < inf, and no NaN in scores or gamma")
     if 0.5**n >= alpha / 2:
         raise ValueError(f"{n} draws decide nothing at alpha = {alpha}, even where all agree")
     p_id, p_ood = (torch.as_tensor(beta.ppf(alpha / 2, v, n - v + 1)) for v in (k, n - k))
@@ -927,7 +927,7 @@ POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
     ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
     ("cifar10", "densenet100"): PostHoc(react_clip=1.0),
-    "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN, LINe: DenseNet; ODIN has WRN around it
+    "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN, LINe: DenseNet; ODIN's WRN: around it
     ("cifar100", "densenet100"): PostHoc(eps=0.0028, line_a=10.0, react_clip=1.0),
     "imagenet": PostHoc(dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
 }
@@ -1431,11 +1431,11 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     arrays = read_arrays(where)
     images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     named = [k for k in images if len(images) == 1 or k == "x" or split in k]
-    holds = ", ".join(f"{k} {str(a.dtype)[6:]} {list(a.shape)}" for k, a in arrays.items())
+    has = ", ".join(f"{k} {str(a.dtype)[6:]} {[*a.shape]}" for k, a in arrays.items()) or "nothing"
     if len(named) != 1:
-        raise ValueError(f"{where} holds ({holds}): need a uint8 [N,H,W,3], one named x or {split}")
+        raise ValueError(f"{where} holds {has}: need a uint8 [N,H,W,3], one named x or {split}")
     if len(arrays) > 1:
-        remark(f"{where} holds ({holds}): {named[0]} is used")
+        remark(f"{where} holds {has}: {named[0]} is used")
     return Images(arrays[named[0]])
 
 
@@ -1479,7 +1479,7 @@ class Sampler(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the tables: auxiliary loss × sampler × gradient term × score, and its recipe."""
+    """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
     loss: Callable[..., Tensor]  # of f_in, f_aux, y_in; energy_loss stands for Eq. (1)
     sampler: Sampler = Sampler()
@@ -1573,7 +1573,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. A None is filled from the method's recipe by `resolve`."""
+    """All options of a run. `resolve` fills a None in, from the data, the method or its recipe."""
 
     method: str = option("greg", "training method", choices=METHODS)
     id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], a path")
@@ -1610,7 +1610,7 @@ class Config:
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
-    """Whether a method starts from a pre-trained network: on ImageNet all do (Section 6.1)."""
+    """Whether a method starts from a pre-trained network: on ImageNet all but ce (Section 6.1)."""
     imagenet = id_data.partition(":")[0] == "imagenet"
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
 
@@ -1622,7 +1622,7 @@ def with_whole_paths(c: Config) -> Config:
 
 
 def resolve(c: Config, theirs: str | None = None) -> Config:
-    """`c` with each None filled in from its method's recipe; ValueError for what cannot be.
+    """`c` with each None filled in from its data, method and recipe; ValueError for what cannot be.
     `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
     plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # for torch.load
     c = with_whole_paths(replace(c, **plain))
@@ -1951,7 +1951,7 @@ def _leave_signals(worker):
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
     function of (seed, epoch, step, rank), which workers and stops do not change. The epoch's images
-    (if a sampler picks, all auxiliary ones) are cut into m = steps · processes parts, one each."""
+    (if a sampler picks, aux_epoch) are cut into m = steps · processes parts, one each."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
@@ -2102,7 +2102,7 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
 # ---- The same step, faster, and over several processes: none of it is in the paper.
 class FastDoubleBackward(TorchFunctionMode):
     """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding:
-    PyTorch's double backward of batch norm is thirty passes, of convolution has one with kernels as
+    PyTorch's double backward of batch norm is many passes, of convolution has one with kernels as
     large as the image, of ReLU and concatenation adds up zeros. Inside, create_graph=True gives the
     gradient at images alone; outside, it is a RuntimeError."""
 
@@ -2231,7 +2231,7 @@ def average(t: Tensor) -> Tensor:
         torch.distributed.all_reduce(t)
         return [t]
 
-    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: `over` False
+    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: never over
     return _Fast.apply(*rule, t) if world()[1] > 1 else t
 
 
@@ -2718,7 +2718,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_folder(runs: Path, c: Config) -> Path:
-    """runs/ID/network/method/seedN."""
+    """runs/ID/network/method/seedN, with -released after GReg's method at that scale."""
     released = "-released" if c.reduction == "released" and METHODS[c.method].gradient else ""
     return runs / path_stem(c.id) / c.arch / f"{c.method}{released}" / f"seed{c.seed}"
 

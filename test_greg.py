@@ -556,7 +556,7 @@ def test_training_mode_bad_numbers_and_bad_shapes_are_refused():
         (greg.certified_radius, "Eq. (4)", (s * nan, 0.0, 1.0), (s, nan, 1.0), (s, 0.0, nan),
          (s, 0.0, -1.0), (s, 0.0, 1.0, -1.0), (s, 0.0, 1.0, nan), (s + math.inf, 0.0, math.inf)),
         (greg.smoothed_radius, "alpha", (s, nan, 1.0), (s * nan, 0.0, 1.0), (s, 0.0, 0.0),
-         (s, 0.0, -1.0), (s, 0.0, 1.0, 0.0), (s, 0.0, 1.0, 1.0)),
+         (s, 0.0, -1.0), (s, 0.0, math.inf), (s, 0.0, 1.0, 0.0), (s, 0.0, 1.0, 1.0)),
         (greg.smoothed_radius, "3 draws", (s[:, :3], 0.0, 1.0, 0.25)),  # 2⁻³ = α/2
     ):  # fmt: skip
         for arguments in rows:
