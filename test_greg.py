@@ -2115,7 +2115,7 @@ def readme_with_map():
         for target in getattr(node, "targets", [getattr(node, "target", node)]):
             a, b = node.lineno, node.end_lineno
             name = getattr(target, "id", getattr(target, "name", None))
-            lines[name] = f"[{a}–{b}](greg.py#L{a}-L{b})"
+            lines[name] = f"[{a}-{b}](greg.py#L{a}-L{b})"
 
     def row(found):
         return found[1] + ", ".join(lines[name] for name in re.findall(r"`(\w+)`", found[2])) + " |"
