@@ -1917,7 +1917,6 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
-    write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
     return run
 
 
@@ -2331,6 +2330,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         if same := [k for k in ood if aux and torch.is_tensor(aux.x) and ood[k].x.equal(aux.x)]:
             raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
         run = start(c, folder, device, train_set, aux)
+        write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
         with interrupts(run):
             while run.epoch < c.epochs:
                 train_epoch(run)

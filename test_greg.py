@@ -1596,7 +1596,6 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
         greg.save(begun(folder, "greg", init=begin, margins="auto"))
         run = begun(folder, "greg", init=begin, margins="auto")
         assert [run.config.m_in, run.config.m_aux] == auto and logged == [-25, auto[0]]
-        assert json.loads((folder / "config.json").read_text())["m_aux"] == auto[1]
     run.rows = [{"probe_accuracy": 0.9}]
     for epoch, (method, margins, fell, share, *words) in enumerate((
         ("energy", "", 0.11, 0.0, "fell by 11.0%; --margins auto"), ("energy", "", 0.09, 0.0),
@@ -1751,6 +1750,7 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
         refuses(lambda: greg.read_results(tmp_path), str(tmp_path / "results.json"))
     (tmp_path / "results.json").write_text(text.replace('"wrn10_1"', '"mine"'))
     own, tuned = greg.read_results(tmp_path), greg.read_results(lab / "greg")
+    assert json.loads((lab / "greg" / "config.json").read_text()) == tuned["config"]
     (lab / "ce").rename(lab / "moved")  # its start is gone
     assert greg.train(greg.saved_config(tuned["config"]), lab / "greg") == tuned != own
     assert "| method |" in ((lab / "moved").rename(lab / "ce") / "results.md").read_text()
