@@ -1258,8 +1258,7 @@ def ended(run):
 @pytest.fixture(scope="session")
 def begin(tmp_path_factory):
     """The folder of a run that was pre-trained on files."""
-    root = tmp_path_factory.mktemp("runs")
-    ended(begun(root / "ce", "ce", epochs=4, **as_files(root)))
+    ended(begun((root := tmp_path_factory.mktemp("runs")) / "ce", "ce", epochs=4, **as_files(root)))
     return str(root / "ce")
 
 
@@ -1568,8 +1567,7 @@ def test_a_further_class_and_a_new_head_are_of_the_seed(begin, tmp_path, monkeyp
 def test_the_log_has_figure_3_and_only_what_there_is(begin, tmp_path):
     run = begun(tmp_path, "energy", init=begin)
     x = greg.normalise(torch.cat([IDS.x, AUX.x]), *greg.STATS["cifar10"]).requires_grad_()
-    s = greg.energy_score(f := run.net.eval()(x))
-    (g,) = torch.autograd.grad(s.sum(), x)
+    (g,) = torch.autograd.grad((s := greg.energy_score(f := run.net.eval()(x))).sum(), x)
     g, hits = g.flatten(1).norm(dim=1), (f[:64].argmax(1) == IDS.y).float()
     wanted = {"s_in": s[:64], "s_aux": s[64:], "gradient_in": g[:64], "gradient_aux": g[64:]}
     wanted |= {"accuracy": hits, "energy": greg.energy_loss(s[:64], s[64:])}
@@ -2086,6 +2084,9 @@ def test_commands_explain_themselves_parse_options_and_check_the_device(cli, mon
     monkeypatch.setattr(torch.distributed, "init_process_group", joined := Mock())
     monkeypatch.setenv("LOCAL_RANK", "0")  # as torchrun does
     assert greg.pick_device("cpu") == CPU and joined.call_args.args == ("gloo",)
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: Mock(device=torch.device(device)))
+    monkeypatch.setattr(torch.cuda, "set_device", own := Mock())  # for NCCL
+    assert greg.pick_device("cuda") == own.call_args.args[0] and joined.call_args.args == ("nccl",)
 
 
 @pytest.mark.parametrize("job", ["cifar.sh demo", "cifar.sh cifar100", "imagenet.sh"])
@@ -2153,8 +2154,7 @@ def released_step(KMeans, net, optimizer, x_in, y_in, candidates):
     x = torch.cat([x_in, candidates[[*chosen, *rest[: 2 * n - len(chosen)]]]])
 
     def scalar(x):
-        s = greg.energy_score(net(x))
-        return F.relu(s[n:] + 7).mean() - F.relu(-25 - s[:n]).mean()
+        return F.relu((s := greg.energy_score(net(x)))[n:] + 7).mean() - F.relu(-25 - s[:n]).mean()
 
     s_in, s_aux = greg.energy_score(f := net.train()(x)).tensor_split([n])
     loss = F.cross_entropy(f[:n], y_in) + 0.1 * greg.energy_loss(s_in, s_aux)
