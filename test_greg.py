@@ -641,8 +641,7 @@ def test_wide_resnet_follows_the_paper_of_zagoruyko_and_komodakis():
     expected = F.conv2d(x, next(layers).weight, padding=1)
     for stride, b in (1, 0), (1, 1), (2, 0), (1, 1), (2, 0), (1, 1):  # two blocks a group
         bn1, conv1, bn2, conv2 = itertools.islice(layers, 4)
-        o = F.relu(bn1(expected))
-        out = F.conv2d(o, conv1.weight, stride=stride, padding=1)
+        out = F.conv2d(o := F.relu(bn1(expected)), conv1.weight, stride=stride, padding=1)
         out = F.conv2d(F.relu(bn2(out)), conv2.weight, padding=1)
         expected = out + (expected if b else F.conv2d(o, next(layers).weight, stride=stride))
     expected = net.fc(F.relu(next(layers)(expected)).mean((2, 3)))
@@ -1743,6 +1742,7 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}), (f"-> {near}", {"id": near}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
     assert {"torch", "device", "argv"} < {*json.loads(text)} and not greg.read_results(tmp_path)
+    refuses(lambda: greg.save_results(tmp_path / "none", {"x": math.inf}, {}), "JSON")
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
         (tmp_path / "results.json").write_text(bad)
         refuses(lambda: greg.read_results(tmp_path), str(tmp_path / "results.json"))
