@@ -810,12 +810,8 @@ def attack(
     """
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
-    if (
-        odd
-        or math.isnan(gamma)
-        or min(steps, restarts) < 1
-        or any(m.training for m in net.modules())
-    ):
+    odd = odd or math.isnan(gamma) or min(steps, restarts) < 1
+    if odd or any(m.training for m in net.modules()):
         raise ValueError("need 0 <= eps < inf, γ, x within clamp, steps, restarts >= 1, net.eval()")
     limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), 0 * limit[:, 0]
@@ -1649,7 +1645,8 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
-    same = f"{one_spelling(c.aux)}/".startswith(f"{one_spelling(c.id)}/")
+    of_id = f"(?s){re.escape(one_spelling(c.id))}(/(train|test)(/.*)?)?"  # its folders too
+    same = re.fullmatch(of_id, one_spelling(c.aux)) is not None
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1731,7 +1728,7 @@ def name_and_path(spec: Any) -> Sequence[str]:
 
 
 def one_spelling(spec: Any, if_there: bool = False) -> str:
-    """A path or NAME=PATH in one spelling (`if_there`: where it exists); of a run for its file."""
+    """Path or NAME=PATH in one spelling (`if_there`: where it exists); a run's file as the run."""
     if spec in ("", *STATS, "synthetic", "random300k", "torchvision"):  # names, not paths
         return spec
     name, path = name_and_path(spec)
@@ -1809,9 +1806,7 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     outputs = K + METHODS[c.method].extra_class
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
-        raise ValueError(
-            f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of {outputs} outputs, with bias"
-        )
+        raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs, biased")
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS[c.arch](1000), weights).features
@@ -2577,9 +2572,8 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     columns = itertools.product(args.archs or [""], COLUMNS[args.number])
     pairs = dict.fromkeys((given.get("id") or c[0], arch or c[1]) for arch, c in columns)
     runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
-    for (data, arch), seed, method in itertools.product(
-        pairs, args.seeds or SEEDS, starts + methods
-    ):
+    every = itertools.product(pairs, args.seeds or SEEDS, starts + methods)
+    for (data, arch), seed, method in every:
         c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
         if fine_tunes(method, data):
             c = replace(c, init=str(run_folder(args.runs, replace(c, method="ce"))))
@@ -2936,7 +2930,6 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> Parser:
     """The command line, from ARGUMENTS, COMMANDS and the fields of Config."""
-
     top = Parser(prog="greg.py", description=(__doc__ or "").split("\n\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     kinds = {"bool": {"action": "store_true"}, "Sequence[str]": {"nargs": "+", "action": "extend"}}

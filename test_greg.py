@@ -1470,7 +1470,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         ("ce", small, "lr=0.1 init="), ("ce", f"{small} init={begin}", "lr=0.001"),
         ("ce", "id=cifar100", "stats=cifar100 aux="), ("ce", "id=. stats=dice", "stats=dice"),
         ("greg+", "aux=imagenet", "aux=imagenet"), ("greg+", "id=synthetic", "aux=synthetic"),
-        ("greg+", "id=a aux=ab", "stats=cifar10"), ("greg+", "", "aux=random300k size=32 lr=0.1"),
+        ("greg+", "id=a aux=a/b", "stats=cifar10"), ("greg+", "", "aux=random300k size=32 lr=0.1"),
         ("greg+", f"{big} init={begin}", "aux=imagenet:20 lr=0.001 epochs=20 stats=cifar10"),
         ("greg+", f"{big} init={begin} aux=imagenet", "aux=imagenet:20"),
         ("greg", f"init={file}", "stats=dice"), ("greg", f"init={file} stats=dice", "stats=dice"),
@@ -1491,7 +1491,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
-        *(("omit --aux", {"id": a, "aux": b}) for a, b in (("x/b=1", "./x/b=1"), ("a", "a/b"))),
+        *(("omit --aux", {"id": a, "aux": b}) for a, b in (("x/=1", "./x/=1"), ("a", "a/test/b"))),
         ("dice", {"init": file, "stats": "cifar10"}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
