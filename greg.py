@@ -1645,8 +1645,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
-    of_id = f"(?s){re.escape(one_spelling(c.id))}(/(train|test)(/.*)?)?"  # its folders too
-    same = re.fullmatch(of_id, one_spelling(c.aux)) is not None
+    same = same_images(c.aux, c.id)
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1735,6 +1734,12 @@ def one_spelling(spec: Any, if_there: bool = False) -> str:
     path = os.path.expanduser(path)
     path = os.path.realpath(path) if os.path.exists(path) or not if_there else path
     return name + path.removesuffix("/checkpoint.pt")
+
+
+def same_images(path: str, data: str) -> bool:
+    """Whether a path is that of the data, or of their training or test images or a class."""
+    part = f"(?s){re.escape(one_spelling(data))}(/(train|test)(/.*)?)?"
+    return re.fullmatch(part, one_spelling(path)) is not None
 
 
 def same_path(old: Any, new: Any) -> bool:
@@ -2294,9 +2299,9 @@ def evaluate(
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
     aux = "" if c.aux.endswith(".npz") else c.aux  # an archive's training images may be those
-    used = {one_spelling(v) for v in (c.id, aux) if v}
-    if same := [v for v in c.ood if "=" in v and one_spelling(name_and_path(v)[1]) in used]:
-        raise ValueError(f"--ood {same[0]} is the ID or the auxiliary data, which was trained on")
+    for v, of in itertools.product(c.ood, filter(None, (c.id, aux))):
+        if "=" in v and same_images(name_and_path(v)[1], of):
+            raise ValueError(f"--ood {v} has images of the ID or auxiliary data, trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)

@@ -990,6 +990,7 @@ def test_class_folders_are_sorted_as_numbers_if_all_are_and_must_agree(tmp_path,
         assert list(images.classes) == want and images.x.shape == (2 * len(names), 8, 8, 3)
         assert set((images.x[:, 0, 0, 0] // 40).tolist()) == {i}
     assert "8×8 (--size)" in capsys.readouterr().err
+    refuses(lambda: greg.load_sets(greg.Config(id=f"{tmp_path}", ood=[f"a={tmp_path}/test"])), "ID")
     (tmp_path / "test" / want[0]).rename(tmp_path / "test" / "new")
     refuses(lambda: greg.load_id(str(tmp_path)), "same class folders", f"'{want[0]}'", "'new'")
 
@@ -1484,7 +1485,6 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
     for word, change in (
         ("energy+sampling", {"method": "grog"}), ("--init", {"init": ""}),
         ("auto", {"method": "greg+", "init": "", "margins": "auto"}),
-        ("--m-aux", {"margins": "auto", "m_in": -9.0}),
         ("m_in", {"m_in": -7.0}), ("m_in", {"m_in": -math.inf}), ("m_in", {"m_aux": math.nan}),
         ("at least 2", {"method": "greg+", "candidates": 1}), ("--lr", {"lr": math.nan}),
         *(("--schedule", {"schedule": s}) for s in ("0.5;1", "1/0", "0.5,1", "0", "")),
@@ -1492,7 +1492,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
         *(("omit --aux", {"id": a, "aux": b}) for a, b in (("x/=1", "./x/=1"), ("a", "a/test/b"))),
-        ("dice", {"init": file, "stats": "cifar10"}),
+        ("dice", {"init": file, "stats": "cifar10"}), ("--m-aux", {"margins": "auto", "m_in": -9}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
 
