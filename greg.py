@@ -1339,7 +1339,7 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 def published(name: str, root: str | Path, download: bool) -> Any:
     """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. The
-    first process alone downloads, if asked, md5 checked. FileNotFoundError if not complete."""
+    first process alone downloads, if asked, and checks md5. FileNotFoundError if not complete."""
     from torchvision import datasets
 
     (rank, ranks), parts = world(), ("test",) if name == "svhn" else (True, False)  # train=
@@ -1599,7 +1599,7 @@ class Config:
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
     cuda_graph: bool = option(False, "replay steps as a CUDA graph (not of openmix, balanced)")
-    ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (the paper's)")
+    ood: Sequence[str] = option((), "OOD sets: names, NAME=PATH (by the run, or --id)")
     root: str = option("data", "folder of the data sets")
     download: bool = option(False, "fetch the sets that are absent")
     workers: int = option(4, "processes that decode ID images, and as many for auxiliary ones")
@@ -2386,7 +2386,7 @@ def certify_report(
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
     an error without a local one); "smoothed" (n > 0): the detector of medians under noise with its
-    own threshold, probability 1-alpha an input; "id_rejected": ID attacked above gamma (x_in's)."""
+    own threshold, probability 1-alpha, AUROC at ε = 0; "id_rejected": ID attacked over gamma."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
@@ -2717,7 +2717,7 @@ def chosen(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_folder(runs: Path, c: Config) -> Path:
-    """runs/ID/network/method/seedN, with -released after GReg's method at that scale."""
+    """runs/ID/network/method/seedN, -released after a method with Eq. (3) at that scale."""
     released = "-released" if c.reduction == "released" and METHODS[c.method].gradient else ""
     return runs / path_stem(c.id) / c.arch / f"{c.method}{released}" / f"seed{c.seed}"
 
@@ -2752,7 +2752,7 @@ def command_demo(args: argparse.Namespace) -> None:
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
     say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {seeds}. Attacked (ℓ2 0.25): OOD to
-look ID, ID to be rejected. What to look at: outlier exposure (energy) should lower FPR95; the
+look ID, ID to be rejected. What to look at: the energy loss should lower FPR95; the
 gradient term (greg) ‖∇S‖, and with it what attacks achieve.""")
     folders = [runs / method / f"seed{seeds[0]}" for method in ("energy", "greg")]
     figure_scores(folders, runs / "scores.png")
@@ -2948,7 +2948,7 @@ def parser() -> Parser:
         for f in fields(Config):
             if (f.name in wanted.split()) != ("*" in wanted):  # listed, or with "*" not listed
                 more = {**f.metadata, **kinds[f.type], "default": argparse.SUPPRESS}
-                more["help"] += f" (default: {f.default})" if f.default else ""
+                more["help"] += f" (default: {f.default})" if f.default and name == "train" else ""
                 p.add_argument("--" + f.name.replace("_", "-"), **more)
     return top
 

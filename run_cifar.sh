@@ -36,7 +36,7 @@ EOT
 
 words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on however many lines
 
-find_python() { # a Python with torch: the caller's, ours, the system's, or a new environment
+find_python() { # a Python with torch: ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
   local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
   for candidate in "$venv" python3 python; do
