@@ -496,8 +496,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound if S is lipschitz-Lipschitz on B(x, ε). The paper's L_S = ‖∇S(x)‖ need not be that: see
-    `id_radius`, `ood_radius`. lipschitz, eps: numbers or [N], ValueError below 0, or for NaN.
-    """
+    `id_radius`, `ood_radius`. lipschitz, eps: numbers or [N], ValueError below 0, or for NaN."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
@@ -633,8 +632,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
     As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks. NotImplementedError (below too): a layer without a rule.
-    """
+    networks. NotImplementedError (below too): a layer without a rule."""
     x = [*net.parameters(), torch.zeros(())][0].new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
     last = layers.pop().weight if layers and type(layers[-1]) is nn.Linear else None
@@ -683,8 +681,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
 
     Not |γ - S| / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
     The larger of two roots r, of LSE(z_i + r ‖A_i‖) = -γ and of S - r ‖∇S‖ - R² r² / 8 = γ, where
-    R = max_ij ‖A_i - A_j‖ (Hoeffding's lemma on LSE(z + v) - LSE(z) = log E_p e^v, p = softmax(z)).
-    """
+    R = max ‖A_i - A_j‖ (Hoeffding's lemma on LSE(z + v) - LSE(z) = log E_p e^v, p = softmax(z))."""
     z, A, m, slope = _tangent(z, A, gamma)
     if m <= 0:
         return 0.0
@@ -806,8 +803,7 @@ def attack(
 
     Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
     lowers S, +inf raises it, for all x: no flips. The first start is x, others random; steps begin
-    at eps / 2, by turns at 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, x, γ, S.
-    """
+    at eps / 2, by turns 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, x, γ, S."""
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
     odd = odd or math.isnan(gamma) or min(steps, restarts) < 1
@@ -2324,6 +2320,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
+    if config.aux and not c.aux:
+        remark(f"--aux is left out: {c.method} takes none")
     with alone(folder):
         train_set, test_set, ood = load_sets(c)
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None

@@ -1850,12 +1850,9 @@ def test_a_table_knows_its_runs_and_their_starts():
 
 
 def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_path):
-    runs, line = (
-        tmp_path / "r s",
-        "table 1 --id id.npz --aux aux.npy --methods energy --methods greg",
-    )
+    runs, line = tmp_path / "r s", "table 1 --id id.npz --aux aux.npy --methods energy"
     line += " --ood rays=rays.npy cells=cells.npy --archs wrn10_1 --seeds 0 --seeds 1 --epochs 1"
-    line += f" --n-train 64 --batch 16 --runs '{runs}'"
+    line += f" --methods greg --n-train 64 --batch 16 --runs '{runs}'"
     out, _ = cli(line + " --dry-run")
     for text, wanted in zip(out.splitlines(), greg.table_runs(parsed(line)).items(), strict=True):
         args = parsed(re.sub(r"^python \S+", "", text))  # pasted, it is that run
@@ -1863,6 +1860,7 @@ def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_pat
     assert "not run" in cli(line + " --read")[0] and not runs.exists()
     first, err = cli(line)
     assert "run 1 of 6" in err and "run 6 of 6" in err and "id/wrn10_1/greg/seed1" in err
+    assert err.count("--aux is left out: ce takes none") == 2  # seeds
     assert (runs / "table_1.md").read_text() == first.rstrip("\n") + "\n"
     assert first.count("not run") == 4 and "auxiliary aux," in first
     (runs / "id/wrn10_1/ce/seed0/checkpoint.pt").unlink()
