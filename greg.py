@@ -298,7 +298,7 @@ def greg_loss(
     aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` (low for ID, own margins) S. Raises
     ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for compiled modules or DDP's
     static_graph, which may lose second derivatives. With checkpointed attention, call backward()
-    under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x as given: normalised."""
+    under `sdpa_kernel(SDPBackend.MATH)` too. x is detached; ∇S is taken at it: normalised."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
@@ -457,7 +457,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after a share q of lower ones."""
     first = int(q * len(s))
-    if s.dim() != 1 or first + n > len(s) or s.isnan().any():
+    if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # in their order
 
@@ -501,8 +501,9 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
     radius = torch.where(margin == 0, 0.0, margin / lipschitz).minimum(eps)
-    if not ((lipschitz >= 0).all() and (eps >= 0).all()) or radius.isnan().any():
-        raise ValueError("NaN in Eq. (4), or a Lipschitz constant or eps below 0")
+    odd = radius.isnan().any() or radius.shape != s.shape
+    if odd or not ((lipschitz >= 0).all() and (eps >= 0).all()):
+        raise ValueError("NaN in Eq. (4), L_S or eps below 0, or not one for each of s")
     return radius
 
 
@@ -1066,7 +1067,7 @@ def say(text: str, to: Any = None) -> None:
 
 def remark(text: object) -> None:
     """Say on stderr what a user should know and a script should not read."""
-    say(f"greg: {text}", sys.stderr)
+    say(f"greg: {text}", sys.stderr or io.StringIO())
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
@@ -1267,6 +1268,20 @@ def check_set(images: Images, size: int, what: str) -> Images:
     return images.take(torch.randperm(len(y), generator=g)) if in_order else images
 
 
+def keep_apart(kind: str, known: Sequence[Images], others: dict[str, Images]) -> None:
+    """ValueError if over 1 % of a set's images are, to the pixel, known ones; fewer: a remark."""
+    arrays = [v.x.numpy() for v in known if torch.is_tensor(v.x)]  # files are cropped anew
+    seen = {hash(x.tobytes()) for array in arrays for x in array}
+    for name, images in others.items():
+        x = images.x.numpy() if torch.is_tensor(images.x) else ()
+        both = sum(hash(v.tobytes()) in seen for v in x)
+        text = f"{both} of the {len(x)} images of {name} are {kind} images too"
+        if both > len(x) / 100:
+            raise ValueError(text)
+        if both:
+            remark(f"warning: {text}")
+
+
 class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
     a batch [n,s,s,3], of each image a random crop and flip, or the error of `open_image`."""
@@ -1447,10 +1462,10 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
     _OOD), or NAME=PATH. ValueError for a name given twice, or one that tables need."""
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
-        name, _, path = item.partition("=")
-        odd = name in ("", "id", "mean") or "/" in name or not name.isprintable()
-        if name in sets or path and odd:
-            raise ValueError(f"--ood {item}: the name {name!r} is taken, or cannot be a set's")
+        name, equals, path = item.partition("=")
+        odd = not path or name in ("", "id", "mean") or "/" in name or not name.isprintable()
+        if name in sets or equals and odd:
+            raise ValueError(f"--ood {item}: the name {name!r} is taken or no set's, or no path")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
         images = unlabelled(name, path, root, download, size, "test")
@@ -1641,7 +1656,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
-    same = same_images(c.aux, c.id)
+    same = one_spelling(c.aux) == one_spelling(c.id)
     imagenet = kind == c.aux.partition(":")[0] == "imagenet"
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1694,9 +1709,10 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
             os.replace(old, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
-        raise OSError(f"{path} could not be written ({e}); the old one is intact") from e
+        raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        for left in temporary, temporary.with_suffix(".old"):
+            left.unlink(missing_ok=True)
 
 
 def stored(path: str | Path) -> dict[str, Any]:
@@ -1712,7 +1728,8 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
     """The configuration of a run, to `run` or to show; it may be older than some of the options."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
-        raise ValueError(f"ARCHS or METHODS lack {known.get('arch')} or {known.get('method')}")
+        row = f"{known.get('arch')} or {known.get('method')}"
+        raise ValueError(f"ARCHS or METHODS lack {row}: go on by the script that adds it")
     return Config(**known)
 
 
@@ -1730,12 +1747,6 @@ def one_spelling(spec: Any, if_there: bool = False) -> str:
     path = os.path.expanduser(path)
     path = os.path.realpath(path) if os.path.exists(path) or not if_there else path
     return name + path.removesuffix("/checkpoint.pt")
-
-
-def same_images(path: str, data: str) -> bool:
-    """Whether a path is that of the data, or of their training or test images or a class."""
-    part = f"(?s){re.escape(one_spelling(data))}(/(train|test)(/.*)?)?"
-    return re.fullmatch(part, one_spelling(path)) is not None
 
 
 def same_path(old: Any, new: Any) -> bool:
@@ -1756,12 +1767,14 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
         raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
 
 
-def check_classes(saved: dict[str, Any], classes: Sequence[str], where: Any) -> None:
-    """ValueError if what was stored with weights was learnt on other classes than these."""
+def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, where: Any) -> None:
+    """ValueError if stored weights were learnt on other classes; a remark if on another size."""
     old, new = list(saved.get("classes", classes)), list(classes)
     if old != new:
         gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
         raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
+    if (trained := saved.get("size", size)) != size:
+        remark(f"warning: {where} was trained on images of {trained}×{trained}, not {size}")
 
 
 @contextlib.contextmanager
@@ -1774,7 +1787,7 @@ def interrupts(run: Run) -> Iterator[None]:
 
     with contextlib.ExitStack() as before:
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, embedded
                 before.callback(signal.signal, number, signal.signal(number, stop))
         yield
     if run.stopped_by:  # after the last step, which is saved
@@ -1813,11 +1826,9 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
         net.features = load_weights(ARCHS[c.arch](1000), weights).features
     elif c.init:
         saved = stored(c.init)
-        check_classes(saved, classes, c.init)
+        check_classes(saved, classes, size, c.init)
         if saved and "gamma" not in saved:
             remark(f"warning: {c.init} is not finished: its weights so far are used")
-        if (trained := saved.get("size", size)) != size:
-            remark(f"warning: {c.init} was trained on images of {trained}×{trained}, not {size}")
         start = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
@@ -1895,9 +1906,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         if not (state := stored(folder)):
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
-        check_classes(state, ids.classes, folder)
-        now = {"labels": hashed(ids.y.tolist()), "n_aux": len(aux.x) if aux else 0}
-        if any(state.get(k, v) != v for k, v in now.items()):
+        check_classes(state, ids.classes, ids.x.shape[1], folder)
+        if any(state.get(k, v) != v for k, v in data_marks(ids, aux).items()):
             raise ValueError(f"{folder} was trained on other images: another number, or order")
         net.load_state_dict(state["net"])
         sgd.load_state_dict(state["optimizer"])
@@ -1916,14 +1926,21 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     return run
 
 
+def data_marks(ids: Images, aux: Images | None) -> dict[str, int]:
+    """What tells a run's data from others: the labels, the first images, a number."""
+    first = [s.x[:16].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
+    n_aux = len(aux.x) if aux else 0
+    return {"labels": hashed(ids.y.tolist()), "pixels": hashed(first), "n_aux": n_aux}
+
+
 def save(run: Run, **more: Any) -> None:
     """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
-    ids, n_aux = run.train_set, len(run.aux_set.x) if run.aux_set else 0
-    state = {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")} | more
-    state |= {"config": asdict(run.config), "classes": list(ids.classes), "n_aux": n_aux}
-    state |= {"labels": hashed(ids.y.tolist()), "size": ids.x.shape[1], "net": run.net.state_dict()}
+    ids, state = run.train_set, data_marks(run.train_set, run.aux_set) | more
+    state |= {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")}
+    state |= {"config": asdict(run.config), "classes": list(ids.classes), "size": ids.x.shape[1]}
+    state |= {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     content = io.BytesIO()  # torch.save to a full disk would raise no OSError
-    torch.save(state | {"optimizer": run.optimizer.state_dict()}, content)
+    torch.save(state, content)
     write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
@@ -2142,7 +2159,7 @@ def _cat(tensors, dim=0, **other):
 
 
 def _conv2d(x, weight, bias=None, *options, **other):
-    by_layer = bias is None and not other and len(options) == 4 and type(options[1]) is tuple
+    by_layer = bias is None and not other and [*map(type, options)] == [tuple, tuple, tuple, int]
     by_layer = by_layer and not weight.grad_fn  # one that is computed may depend on the images
 
     def backward(taking, g, x, weight):
@@ -2294,14 +2311,15 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    aux = "" if c.aux.endswith(".npz") else c.aux  # an archive's training images may be those
-    for v, of in itertools.product(c.ood, filter(None, (c.id, aux))):
-        if "=" in v and same_images(name_and_path(v)[1], of):
-            raise ValueError(f"--ood {v} has images of the ID or auxiliary data, trained on")
+    for path in (one_spelling(name_and_path(v)[1]) for v in c.ood if "=" in v):
+        # An archive may hold both.
+        if c.aux[-4:] not in ("", ".npz") and f"{path}/".startswith(f"{one_spelling(c.aux)}/"):
+            raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
         ood = load_ood(c.ood or own, c.root, c.download, train_set.x.shape[1])
+        keep_apart("ID", (train_set, test_set), ood)
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2325,8 +2343,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     with alone(folder):
         train_set, test_set, ood = load_sets(c)
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
-        if same := [k for k in ood if aux and torch.is_tensor(aux.x) and ood[k].x.equal(aux.x)]:
-            raise ValueError(f"--ood {same[0]} is the auxiliary set, which is trained on")
+        keep_apart("ID", (train_set, test_set), {"--aux": aux} if aux else {})
+        keep_apart("auxiliary", (aux,) if aux else (), ood)
         run = start(c, folder, device, train_set, aux)
         write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
         with interrupts(run):
@@ -2368,8 +2386,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
     """A finished run's network in eval mode, configuration, checkpoint; ValueError for others."""
     state = stored(folder)
-    if "gamma" not in state:
-        raise ValueError(f"{folder} is no finished run of greg.py train, so it has no threshold")
+    if state.get("score") not in SCORES:  # saved with the threshold
+        raise ValueError(f"{folder} is no finished run of greg.py train, or SCORES lacks its score")
     config = saved_config(state["config"])
     net = load_weights(ARCHS[config.arch](len(state["net"]["fc.bias"])), folder, state)
     layout = torch.channels_last if config.channels_last else torch.preserve_format
@@ -2726,7 +2744,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
     if state["score"] != "energy" or METHODS[c.method].extra_class:
         raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
     _, test_set, ood = load_sets(replace(c, **given))
-    check_classes(state, test_set.classes, folder)
+    check_classes(state, test_set.classes, test_set.x.shape[1], folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
     sets, part = {"": test_set, **ood}.items(), slice(max(first, 0))
     x = {name: normalise(v.pixels(part).to(device), (0,), (1,)) for name, v in sets}
@@ -2777,7 +2795,7 @@ def command_eval(args: argparse.Namespace) -> None:
     for k in [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
         raise ValueError(f"--{k} {given[k]}: {source} was trained with {getattr(c, k)}")
     c = with_whole_paths(replace(c, **given, init=str(source)))
-    scores = ",".join(args.scores or [METHODS[c.method].score])
+    scores = ",".join(args.scores or [state.get("score", METHODS[c.method].score)])
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:
@@ -2786,7 +2804,7 @@ def command_eval(args: argparse.Namespace) -> None:
         remark(f"warning: {source} is not finished: its weights so far are used")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
-        check_classes(state, test_set.classes, source)
+        check_classes(state, test_set.classes, test_set.x.shape[1], source)
         net = ARCHS[c.arch](len(test_set.classes) + METHODS[c.method].extra_class)
         net = load_weights(net, source, state).to(args.device)
         results, raw = evaluate(net, train_set, test_set, ood, c, names)
@@ -2801,17 +2819,19 @@ def command_predict(args: argparse.Namespace) -> int:
     gamma, name, classes = state["gamma"], state["score"], state["classes"]
     fit, lines, code = Fit(post_hoc(c.id, c.arch, len(classes)), STATS[c.stats][1]), [], 0
     listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in args.images)
-    for path in bar([*itertools.chain(*listed)], "predict"):
-        try:
-            x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
-            z, f = embed(net, x)
-            f = f[:, : len(classes)]
-            s = SCORES[name](net, x, f, z, fit).item()
-            row = classes[f.argmax()], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
-        except (OSError, ValueError) as e:
-            row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
-        lines.append([path, *row])
-    say(shown(["image", "class", "score", "gamma", "decision"], lines))
+    try:
+        for path in bar([*itertools.chain(*listed)], "predict"):
+            try:
+                x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
+                z, f = embed(net, x)
+                f = f[:, : len(classes)]
+                s = SCORES[name](net, x, f, z, fit).item()
+                row = classes[f.argmax()], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
+            except (OSError, ValueError) as e:
+                row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
+            lines.append([path, *row])
+    finally:  # after Ctrl-C too
+        say(shown(["image", "class", "score", "gamma", "decision"], lines))
     return code
 
 
