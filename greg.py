@@ -1268,15 +1268,15 @@ def check_set(images: Images, size: int, what: str) -> Images:
     return images.take(torch.randperm(len(y), generator=g)) if in_order else images
 
 
-def keep_apart(kind: str, known: Sequence[Images], others: dict[str, Images]) -> None:
-    """ValueError if over 1 % of a set's images are, to the pixel, known ones; fewer: a remark."""
+def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
+    """ValueError if over `most` of a set (a share) are, to the pixel, known ones; less: a remark."""
     arrays = [v.x.numpy() for v in known if torch.is_tensor(v.x)]  # files are cropped anew
     seen = {hash(x.tobytes()) for array in arrays for x in array}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
         both = sum(hash(v.tobytes()) in seen for v in x)
         text = f"{both} of the {len(x)} images of {name} are {kind} images too"
-        if both > len(x) / 100:
+        if both > most * len(x):
             raise ValueError(text)
         if both:
             remark(f"warning: {text}")
@@ -2319,7 +2319,7 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
         ood = load_ood(c.ood or own, c.root, c.download, train_set.x.shape[1])
-        keep_apart("ID", (train_set, test_set), ood)
+        keep_apart("ID", (train_set, test_set), ood, 1.0)
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 

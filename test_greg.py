@@ -991,8 +991,8 @@ def test_class_folders_are_sorted_as_numbers_if_all_are_and_must_agree(tmp_path,
     few, many = (greg.Images(torch.cat([images.x[:1], pixels(0, n, 8, 8, 3)])) for n in (99, 98))
     refuses(lambda: greg.keep_apart("odd", [images], {"a": few, "b": many}), "1 of the 99 ")
     assert capsys.readouterr().err == "greg: warning: 1 of the 100 images of a are odd images too\n"
-    c = greg.Config(id=f"{tmp_path}", size=8, ood=[f"a={tmp_path}"])
-    refuses(lambda: greg.load_sets(c), f"{4 * len(names)} images of a are ID images too")
+    greg.load_sets(greg.Config(id=f"{tmp_path}", size=8, ood=[f"a={tmp_path}"]))
+    assert f"{4 * len(names)} images of a are ID images too" in capsys.readouterr().err
     (tmp_path / "test" / want[0]).rename(tmp_path / "test" / "new")
     refuses(lambda: greg.load_id(str(tmp_path)), "same class folders", f"'{want[0]}'", "'new'")
 
