@@ -1269,7 +1269,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
-    """ValueError if over `most` of a set (a share) are, to the pixel, known ones; less: a remark."""
+    """ValueError if a share over `most` of a set is known, to the pixel; of fewer a remark."""
     arrays = [v.x.numpy() for v in known if torch.is_tensor(v.x)]  # files are cropped anew
     seen = {hash(x.tobytes()) for array in arrays for x in array}
     for name, images in others.items():
