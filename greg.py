@@ -2343,8 +2343,9 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     with alone(folder):
         train_set, test_set, ood = load_sets(c)
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
-        keep_apart("ID", (train_set, test_set), {"--aux": aux} if aux else {})
-        keep_apart("auxiliary", (aux,) if aux else (), ood)
+        with bar(None, "compare the sets", total=1):
+            keep_apart("ID", (train_set, test_set), {"--aux": aux} if aux else {})
+            keep_apart("auxiliary", (aux,) if aux else (), ood)
         run = start(c, folder, device, train_set, aux)
         write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
         with interrupts(run):
