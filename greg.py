@@ -298,7 +298,7 @@ def greg_loss(
     aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` (low for ID, own margins) S. Raises
     ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for compiled modules or DDP's
     static_graph, which may lose second derivatives. With checkpointed attention, call backward()
-    under `sdpa_kernel(SDPBackend.MATH)` too. x is detached; ∇S is taken at it: normalised."""
+    under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x: normalised, detached."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
@@ -1927,7 +1927,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
 
 
 def data_marks(ids: Images, aux: Images | None) -> dict[str, int]:
-    """What tells a run's data from others: the labels, the first images, a number."""
+    """What tells a run's data from others: labels, first images, how many auxiliary ones."""
     first = [s.x[:16].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
     n_aux = len(aux.x) if aux else 0
     return {"labels": hashed(ids.y.tolist()), "pixels": hashed(first), "n_aux": n_aux}

@@ -47,9 +47,8 @@ settings.register_profile("quick", deadline=None, max_examples=25, derandomize=T
 settings.register_profile("thorough", deadline=None, max_examples=500, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 torch.set_num_threads(1)
-# Hypothesis seeds `random` and NumPy, but torch only if it is told how.
 TORCH = Mock(seed=torch.manual_seed, getstate=torch.get_rng_state, setstate=torch.set_rng_state)
-register_random(TORCH)
+register_random(TORCH)  # Hypothesis seeds `random` and NumPy, but torch only if it is told how
 HERE, CPU, seeds = Path(greg.__file__).parent, torch.device("cpu"), st.integers(0, 2**32 - 1)
 
 generator = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731
@@ -284,9 +283,8 @@ def test_candidates_that_fill_no_cluster_are_topped_up_at_random():
 def test_poem_has_the_posterior_of_the_normal_equations(seed, n, d, sigma, sigma_n):
     Z, y = normal(seed, n, d), normal(seed + 1, n)
     mean, factor = greg.poem_posterior(Z.T @ Z, Z.T @ y, sigma, sigma_n)
-    # The same in the dual: condition the Gaussian of (beta, y) on y.
     gain = sigma * Z.T @ torch.linalg.inv(sigma * Z @ Z.T + sigma_n * torch.eye(n).double())
-    ours = mean, torch.cholesky_inverse(factor)
+    ours = mean, torch.cholesky_inverse(factor)  # in the dual: the Gaussian of (beta, y), given y
     wanted = gain @ y, sigma * (torch.eye(d).double() - gain @ Z)
     torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
     off = greg.poem_draw(mean, factor, generator(seed)) - mean  # L' off is white
@@ -395,10 +393,9 @@ def test_conv_norm_is_circular_and_a_bound(seed, c_in, c_out, k1, k2, s1, s2, p,
         f = lambda x: F.conv2d(F.pad(x, p, **wrap), weight, **options)  # noqa: E731
         return torch.linalg.matrix_norm(matrix(f, normal(0, 1, c_in * groups, *hw)), 2).item()
 
-    # The smallest torus on which no window that is kept wraps.
     torus = [s if k == 1 else -(-(n + 2 * p) // s) * s for n, k, s in ((6, k1, s1), (5, k2, s2))]
     circular = norm((0, d * (k2 - 1), 0, d * (k1 - 1)), *torus, mode="circular")
-    bound = greg.conv_norm(weight, (6, 5), padding=p, **options)
+    bound = greg.conv_norm(weight, (6, 5), padding=p, **options)  # no window that is kept wraps
     assert norm((p, p, p, p), 6, 5) <= bound == pytest.approx(circular, rel=1e-7, abs=0)
 
 
@@ -1873,7 +1870,7 @@ def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_pat
     assert again == first and f"{runs}/id/wrn10_1/ce/seed1 is gone" in err
 
 
-def test_predict_decides_by_the_threshold_and_goes_on_after_a_bad_file(lab, cli, tmp_path):
+def test_predict_decides_by_the_threshold_and_goes_on(lab, cli, tmp_path, monkeypatch):
     images, done = greg.load_id(str(lab / "id.npz"))[1].x[:12], greg.read_results(lab / "ce")
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i:02d}.png")
@@ -1889,7 +1886,8 @@ def test_predict_decides_by_the_threshold_and_goes_on_after_a_bad_file(lab, cli,
         assert row[4] == ("ID" if s <= gamma else "OOD")
     assert {row[4] for row in rows} == {"ID", "OOD"}
     assert "error" in bad[4] and r"a\|b" in bad[0] and "none.png" in none[4]
-    assert len(table_rows(cli(f"predict ce {tmp_path}/00.png")[0])[0]) == 2
+    monkeypatch.setattr(greg, "load_image", Mock(side_effect=[images[:1], KeyboardInterrupt()]))
+    assert len(table_rows(cli(f"predict ce {tmp_path}/00.png none.png", 130)[0])[0]) == 2
 
 
 def test_eval_of_a_run_or_of_a_weights_file_gives_the_runs_figures(lab, cli, tmp_path):
@@ -2029,18 +2027,19 @@ def test_the_demo_prints_a_row_a_method_with_its_spread(cli, tmp_path, monkeypat
 
 def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
     mistakes = """
-        figure images --out a.pgn | .png; certify TMP/react | energy; table 5 --methods oe | no row;
-        eval TMP/renamed --out none | zero; eval ce --out ce | own folder; figure 3 ce | auxiliary;
+        table 2 --margins auto | pre-trained; train --out '' | is empty; certify TMP/react | energy;
+        eval --ood rays=rays.npy ce | before the options; eval ce --arch resnet18 | --arch resnet18;
+        eval ce --stats dice | stats; figure 3 ce | auxiliary; predict TMP/stopped a.png | finished;
+        table 5 --methods oe | no row; figure images --out a.pgn | .png; certify nowhere | nowhere;
+        eval TMP/renamed --out none | zero; table --runs nowhere | nowhere; eval TMP/w.pt | weigh;
         train --id id.npz --arch wrn10_1 --init ce --aux aux.npy --ood a=TMP/copy.npy | auxiliary;
-        eval greg --ood a=aux.npy | trained on; eval --ood rays=rays.npy ce | before the options;
-        eval ce --stats dice | stats; certify TMP/renamed --out none | zero; figure 3 | folders;
-        train --out '' | is empty; predict TMP/stopped a.png | finished; eval TMP/w.pt | weigh;
-        table --runs . --methods ce | number; figure scores TMP/cut | scores.npz is damaged;
-        train --method ce --id x --out id.npz | File; table 2 --margins auto | pre-trained;
-        eval ce --scores energy,absent | 'absent'; certify greg --images -1 | need images;
-        train --id synthetic --device cuda:99 | device; eval ce --weights aux.npy | --weights;
+        train --id synthetic --device cuda:99 | device; eval ce --scores energy,absent | 'absent';
+        certify greg --images -1 | need images; eval ce --out ce | own folder; figure 3 | folders;
+        train --method ce --id synthetic --cuda-graph | one GPU; figure scores nowhere | nowhere;
         train --id id.npz --arch wrn10_1 --init ce --ood a=rays.npy --aux TMP/x.npy | ID images;
-        train --method ce --id synthetic --cuda-graph | one GPU; table --runs nowhere | nowhere"""
+        figure scores TMP/cut | scores.npz is damaged; eval ce --weights aux.npy | --weights;
+        train --method ce --id x --out id.npz | File; certify TMP/renamed --out none | zero;
+        eval greg --ood a=aux.npy | trained on; table --runs . --methods ce | number"""
     for name, x in ("copy", np.load("aux.npy")), ("x", np.load("id.npz")["x_test"]):
         np.save(tmp_path / f"{name}.npy", x)
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
