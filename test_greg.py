@@ -1527,7 +1527,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     before = {*folder.iterdir()}
     greg.write_atomically(tmp_path / "x", "\udcff")  # of a name that is no UTF-8
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", lambda path, content: path.touch() or os.stat("no room"))
+        patch.setattr(shutil, "copyfile", lambda _, to: to.touch() or os.stat("no room"))
         refuses(lambda: greg.save(run), "could not be written", "no room", error=OSError)
     path, prev = folder / "checkpoint.pt", greg.stored(folder / "checkpoint.prev.pt")
     assert {*folder.iterdir()} == before and again().epoch == 2 and prev["epoch"] == 0
@@ -2057,6 +2057,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         assert not out and re.fullmatch(f"greg: error: .*{re.escape(message)}.*\n", err), err
     assert not Path("nowhere").exists()
     assert "not finished" in cli(f"eval {tmp_path}/stopped --ood rays=rays.npy")[1]
+    assert "ce: react" in cli(f"eval {tmp_path}/react --ood rays=rays.npy")[0]
     rows = (KeyboardInterrupt(), 130, "stopped"), (KeyError("x"), 2, "KeyError (GREG_DEBUG=1 ")
     for e, code, text in (*rows, (RuntimeError("a\n  b" + "c" * 999), 2, "shows where): a bccc")):
         monkeypatch.setattr(greg, "pick_device", Mock(side_effect=e))
