@@ -2203,13 +2203,13 @@ def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
     q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
     arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x."""
     at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
-    m, one = x.numel() // len(w), torch.ones_like(r)
+    m, one, k = x.numel() // len(w), torch.ones_like(r), -w * r * r
     vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
     a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
     q = vg - a * d - b * c
     slope = (q - 2 * b * c) * r
     shift = -(c * a + b * d + slope * mean)
-    shift, c, b, slope = ((-w * r * r * t)[:, None, None] for t in (shift, c, b, slope))
+    shift, c, b, slope = ((k * t)[:, None, None] for t in (shift, c, b, slope))
     at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
     return at_g, at_x.to(x.dtype), m * r * q, None, None
 
