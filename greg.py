@@ -100,7 +100,7 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         for name, v in ("mean", mean), ("std", std):
-            self.register_buffer(name, torch.tensor(v).view(1, -1, 1, 1))
+            self.register_buffer(name, torch.tensor(v, dtype=torch.float).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -240,6 +240,10 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
 # Needs: nothing
 
 
+def _logits(f):  # what a network returned: logits, first in a tuple, or in a mapping
+    return f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
+
+
 def energy_score(logits: Tensor) -> Tensor:
     """S(x) = -LSE(f(x)) (Section 3.2), low for ID: logits [N,K] -> [N], in float32 or wider."""
     return -logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=1)
@@ -301,14 +305,13 @@ def greg_loss(
     under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x: normalised, detached."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
-    marks = "_orig_mod", "_compiled_call_impl", "static_graph", "_torchdynamo_orig_callable"
+    marks = "_orig_mod", "_compiled_call_impl", "static_graph", "get_compiler_config"
     for m in net.modules() if lambda_grad else ():
         if any(getattr(o, mark, None) for o in (m, getattr(m, "forward", 0)) for mark in marks):
             need = "no part may be compiled, nor DistributedDataParallel have static_graph=True"
             raise ValueError(f"{type(m).__name__} would lose derivatives of Eq. (3): {need}")
     n, x = len(x_in), torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
-    f = net(x)
-    f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
+    f = _logits(net(x))
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device).long()
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
     ce = F.cross_entropy(f_in, y_in)
@@ -348,7 +351,7 @@ def balanced_energy_loss(
 
 # ==================================================================================================
 # 3  Sampling (Section 4.2, Algorithm 1)
-# Needs: nothing
+# Needs: _logits (2)
 
 
 @contextlib.contextmanager
@@ -371,8 +374,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
-        f = net(x)
-    f = f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
+        f = _logits(net(x))
     for _, z, given in caught:
         if z and given is f and f.dim() == 2:  # the very tensor: nothing came after
             return z[0], f
@@ -456,7 +458,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 # ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after a share q of lower ones."""
-    first = int(q * len(s))
+    first = int(Fraction(str(float(q))) * len(s))  # 29 of 100 at 0.29
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # in their order
@@ -481,7 +483,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 
 # ==================================================================================================
 # 4  Certificates (Section 5, Eq. (4))
-# Needs: Net, Residual, Concat, Normalize (1), energy_score (2), and SciPy for smoothing.
+# Needs: Net, Residual, Concat, Normalize (1), energy_score, _logits (2), and SciPy for smoothing.
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
 # in the units of its input. In float64, norms rounded up and, by `certify`, radii down by 1e-9,
@@ -560,16 +562,16 @@ def _linear(m, x, f):
     return m(x)  # pools and the like; squares stop before them
 
 
-def _carry(net, c, r, relu, f):  # r: c's derivatives (region), or radii around c (local)
-    """Through `net`: c by W c + b, r by f(W) r (`_linear`), both by relu(c, r) at each ReLU."""
+def _carry(net, c, r, relu, f, u=0.0):  # r: derivatives of c (region), or radii around c (local)
+    """Through `net`: c by W c + b, r (wider by u) by f(W) r (`_linear`); at ReLUs by relu(c, r)."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
-            both = zip(*(_carry(v, c, r, relu, f) for v in (m.shortcut, m.body)), strict=True)
+            both = zip(*(_carry(v, c, r, relu, f, u) for v in (m.shortcut, m.body)), strict=True)
             c, r = (sum(v) if type(m) is Residual else torch.cat(v, 1) for v in both)
         else:
-            c, r = m(c), _linear(m, r, f)
+            c, r = m(c), _linear(m, r + u * (c.abs() + r).detach(), f)
     return c, r
 
 
@@ -725,7 +727,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    r = torch.zeros_like(x, requires_grad=True)  # 0, but a leaf, so that autograd gives g_r
+    r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
     c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
         m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes eps √squares
@@ -733,7 +735,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
         if type(m) in (nn.Conv2d, nn.Linear):  # after one of these its box is exact, not further
             break
     r = r + eps.view(-1, *[1] * (c.dim() - 1)) * squares.sqrt()
-    c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs)
+    c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs, 1e-14)
     low, high = (c - r).detach(), (c + r).detach()
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)
     most, least = (torch.where(own, -math.inf, v[:, None]).logsumexp(2) for v in (high, low))
@@ -778,7 +780,7 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
     comes from s. ValueError for too few draws, or bad numbers."""
     from scipy.stats import beta
 
-    n, k = s.shape[1], (s <= gamma).sum(1).cpu().double()
+    n, k = s.shape[1], (s.double() <= gamma).sum(1).cpu().double()
     if not (0 < alpha < 1 and 0 < sigma < math.inf) or s.isnan().any() or math.isnan(gamma):
         raise ValueError("need 0 < alpha < 1, 0 < sigma < inf, and no NaN in scores or gamma")
     if 0.5**n >= alpha / 2:
@@ -811,7 +813,7 @@ def attack(
     if odd or any(m.training for m in net.modules()):
         raise ValueError("need 0 <= eps < inf, γ, x within clamp, steps, restarts >= 1, net.eval()")
     limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
-    worst, s_worst, distance = x.clone(), energy_score(net(x)).detach(), 0 * limit[:, 0]
+    worst, s_worst, distance = x.clone(), energy_score(_logits(net(x))).detach(), 0 * limit[:, 0]
     if s_worst.isnan().any():
         raise ValueError("S(x) is NaN: nothing to attack")
     sign = torch.where(s_worst > gamma, -1.0, 1.0)
@@ -821,7 +823,7 @@ def attack(
         for t in range(steps + 1):
             u = F.normalize(u, eps=1e-30) * u.norm(dim=1, keepdim=True).minimum(limit)
             near = (x + u.view_as(x)).to(x.dtype).clamp(*clamp).requires_grad_()
-            s = energy_score(net(near))
+            s = energy_score(_logits(net(near)))
             (g,) = torch.autograd.grad((sign * s).sum(), near)
             u = (near.detach().double() - x).flatten(1)
             i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)
@@ -834,7 +836,7 @@ def attack(
 
 # ==================================================================================================
 # 5  Post-hoc scores (Section 2.1), low = ID
-# Needs: energy_score (2), eval_mode (3)
+# Needs: energy_score, _logits (2), eval_mode (3)
 
 
 def msp(logits: Tensor) -> Tensor:
@@ -855,10 +857,10 @@ def odin(
     of x), in the direction that raises the predicted class's probability."""
     with eval_mode(net), torch.inference_mode(False), torch.enable_grad():
         x = x.clone().detach().requires_grad_()
-        f = net(x)[:, :K] / T
-        (g,) = torch.autograd.grad(F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
+        f = _logits(net(x))[:, :K] / T  # and T times the loss, which in float16 would underflow
+        (g,) = torch.autograd.grad(T * F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
         step = eps / x.new_tensor(std).view(1, -1, *[1] * (x.dim() - 2))
-        f = net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype))[:, :K].detach()
+        f = _logits(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)))[:, :K].detach()
     return msp(f.double() / T)  # at T = 1000, float32 would make ties
 
 
@@ -944,6 +946,7 @@ def fit_scores(
     the first K outputs of net.fc count (default: all); an "absent" class has no training images.
     ValueError if a class has no sample or a feature is not finite."""
     W, b = net.fc.weight.detach()[:K], net.fc.bias.detach()[:K]
+    z = z.to(torch.promote_types(z.dtype, torch.float32))  # sums over a set overflow in float16
     one_hot = F.one_hot(y.long(), len(W)).to(z.dtype)
     n, V = one_hot.sum(0), W * z.mean(0)  # the contributions that DICE ranks
     if (n == 0).any() or not z.isfinite().all():
@@ -1091,7 +1094,7 @@ def bar(items: Any, what: str, **options: Any) -> Any:
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """[N,H,W,C] uint8 -> (x / 255 - mean) / std, [N,C,H,W] float32; ValueError if not uint8."""
-    if x.dtype != torch.uint8:
+    if (x := torch.as_tensor(x)).dtype != torch.uint8:
         raise ValueError(f"normalise takes uint8 images [N,H,W,C], got {x.dtype}")
     x = x.permute(0, 3, 1, 2).contiguous().float().div_(255)
     return x.sub_(x.new_tensor(mean).view(-1, 1, 1)).div_(x.new_tensor(std).view(-1, 1, 1))
@@ -2137,7 +2140,7 @@ class _Fast(torch.autograd.Function):
     def forward(ctx, mode, kept, forward, backward, *inputs):
         y, *more = forward(*inputs)
         ctx.save_for_backward(*inputs[:kept], *more)
-        ctx.mode, ctx.rule = mode, backward
+        ctx.mode, ctx.rule, mode.over = mode, backward, False
         return y
 
     @staticmethod

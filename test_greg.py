@@ -1,8 +1,6 @@
 """Tests of greg.py: properties against independent oracles, the paper's three first.
 
-HYPOTHESIS_PROFILE=thorough pytest       many more examples
-python test_greg.py [bench]              rewrites the map in README.md [times steps, clustering]
-"""
+HYPOTHESIS_PROFILE=thorough: more examples. `python test_greg.py [bench]`: README's map [speed]."""
 
 import ast
 import builtins
@@ -69,8 +67,7 @@ def refuses(call, *words, error=ValueError):
     """`call` raises `error`, and its one-line message holds every word."""
     with pytest.raises(error) as caught:
         call()
-    message = str(caught.value)
-    assert "\n" not in message and all(word in message for word in words), message
+    assert "\n" not in (text := str(caught.value)) and all(word in text for word in words), text
 
 
 # ---- Loss masking (section 2)
@@ -300,13 +297,11 @@ def test_losses_and_samplers_refuse_in_one_line_what_would_be_wrong_without_a_wo
     hooked[0].register_forward_hook(lambda m, z, f: f / 2)
     named = type("Named", (nn.Sequential,), {"forward": lambda m, x: m[0](input=x)})(net[0])
     in_place[0].compile()
-    by_forward[0].forward = torch.compile(by_forward[0].forward)
-    parallel[0].static_graph = True  # as DistributedDataParallel has it
+    by_forward[0].forward, parallel[0].static_graph = torch.compile(by_forward[0].forward), True
     z, s, A = torch.ones(5, 2), torch.ones(5), torch.zeros(3, 2, requires_grad=True)
     for words, function, *calls in (
         ("compiled", step, (torch.compile(net),), (nn.Sequential(torch.compile(net)),)),
-        ("compiled", step, (in_place,), (by_forward,)),
-        ("no_grad", torch.no_grad()(step), (net,)),
+        ("compiled", step, (in_place,), (by_forward,)), ("no_grad", torch.no_grad()(step), (net,)),
         ("m_in < m_aux", step, *[(net, 2, 4, 0, *m) for m in ((-7, -9), (-7, -7), (-math.inf, 0))]),
         ("auxiliary", step, (net, 0), (net, 0, 4, 0), (net, 2, 0), (net, 2, 0, 0)),
         ("auxiliary scores|[5", greg.energy_loss, (s, s[:0]), (z, s), (s, z)),
@@ -485,6 +480,8 @@ def test_local_constant_is_that_of_textbook_intervals_and_its_first_box_exact(se
     want = times(W.T, times(U.T, torch.stack([low, high]))).abs().amax(0).norm().item()
     assert greg.lipschitz_local(net, x, eps).item() == pytest.approx(want, rel=1e-7)
     assert greg.lipschitz_local(network("crDaP", 3), normal(5, 1, 2, 6, 6), 1e308) == math.inf
+    net = network([m for _ in range(3) for m in (nn.Linear(1, 1), RELU)], seed, (1,))  # rounding
+    assert 0 <= np.diff([greg.lipschitz_local(net, normal(1, 1, 1), e).item() for e in (1, 1e20)])
 
 
 def test_certified_radii_are_exact_where_s_is_affine_and_each_part_of_certify_is_its_own():
@@ -664,7 +661,7 @@ def test_networks_are_the_published_ones_and_torchvisions_where_it_has_them(tmp_
         theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     torch.save({"state_dict": disturb(theirs, 3).state_dict()}, tmp_path / "tv.pt")
     ours = greg.load_weights(net, tmp_path / "tv.pt").eval()
-    x, statistics = normal(4, 2, 3, 96, 96).float(), ([0.1, 0.2, 0.3], [0.5, 2.0, 4.0])
+    x, statistics = normal(4, 2, 3, 96, 96).float(), np.array([[0.1, 0.2, 0.3], [0.5, 2.0, 4.0]])
     with torch.no_grad():
         wanted = theirs(T.functional.normalize(x, *statistics))
         ours = nn.Sequential(greg.Normalize(*statistics), ours)(x)
@@ -773,7 +770,9 @@ def test_odin_steps_up_the_predicted_probability_and_leaves_all_as_it_was(seed, 
     assert [m.training for m in net.modules()] == modes and net.lora.merged != net.lora.training
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
-    assert greg.odin(net.float(), x.float()).dtype == torch.float64  # float32 would make ties
+    net = nn.Sequential(greg.Normalize((0, 0), (6e4, math.inf)), nn.Flatten()).half()
+    s = greg.odin(net, torch.tensor([[[[1e4]], [[0.0]]]]).half(), eps=5e3)  # up, though g is tiny
+    assert s < -0.50005 and s.dtype == torch.float64  # float32 would make ties
 
 
 @given(seeds, *[shares] * 4, st.sampled_from([None, 0.7]), st.sampled_from([4, 5]))
@@ -816,10 +815,10 @@ def test_the_hyper_parameters_of_the_post_hoc_scores_and_what_fitting_them_needs
     assert greg.POST_HOC_ROWS == ("msp", "odin", "energy", "react", "dice", "dice+react", "line")
     assert set(greg.SCORES) - greg.NEED_FIT == {"msp", "odin", "energy", "absent"}
     fit = functools.partial(greg.fit_scores, smooth_net(0), p=greg.PostHoc())
-    one = torch.eye(8)[:6].double()
-    refuses(lambda: fit(one, torch.tensor([0] * 4 + [2] * 2)), "every class", "[4, 0, 2]")
-    refuses(lambda: fit(one.log(), torch.arange(6) % 3), "finite")
-    assert fit(one, torch.arange(6) % 3).std == (1,)  # ODIN's: of images that are pixels
+    z = torch.eye(8)[:6].double()  # of 3e4 (1 + z) the sums are no float16; std (1,): of pixels
+    refuses(lambda: fit(z, torch.tensor([0] * 4 + [2] * 2)), "every class", "[4, 0, 2]")
+    refuses(lambda: fit(z.log(), torch.arange(6) % 3), "finite")
+    assert (f := fit((3e4 * (1 + z)).half(), torch.arange(6) % 3)).std == (1,) and f.masks(0).any()
 
 
 # ---- Metrics (section 6)
@@ -889,7 +888,7 @@ def test_augmented_images_are_all_crops_of_the_padded_image_and_its_mirror_equal
 def test_normalise_agrees_with_numpy_and_the_published_constants_stand():
     a = (x := pixels(0, 5, 6, 7, 3)).numpy() / 255.0
     mean, std = a.mean((0, 1, 2)), a.std((0, 1, 2))
-    z = greg.normalise(x, mean.tolist(), std.tolist())
+    z = greg.normalise(x.numpy(), mean.tolist(), std.tolist())
     assert z.is_contiguous() and z.dtype == torch.float32
     np.testing.assert_allclose(z, ((a - mean) / std).transpose(0, 3, 1, 2), atol=1e-5)
     refuses(lambda: greg.normalise(x.float(), mean, std), "uint8", "float32")
@@ -1202,13 +1201,14 @@ def test_the_fast_double_backward_is_autograds_own(conv, norm, last, training):
     layers = [greg.Concat(nn.Conv2d(2, 2, 3, 1, 1, bias=False)), norm(4), nn.ReLU(inplace=True)]
     layers += [nn.Conv2d(4, 4, 3, **conv), norm(4), greg.Concat(nn.ReLU()), nn.Flatten()]
     net = nn.Sequential(*layers, nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Softplus()).double()
-    net(x := torch.randn(6, 2, 9, 8, dtype=torch.float64) + 0.5)  # makes the lazy layer
+    with (mode := greg.FastDoubleBackward()):  # which may be used again
+        net(x := torch.randn(6, 2, 9, 8, dtype=torch.float64) + 0.5)  # makes the lazy layer
     for p in net.parameters():
         nn.init.normal_(p, std=0.5)
     form = torch.channels_last if last else torch.contiguous_format
     net, x, both = net.to(memory_format=form).train(training), x.to(memory_format=form), []
     for twin, fast in (copy.deepcopy(net), True), (net, False):
-        with greg.FastDoubleBackward() if fast else contextlib.nullcontext():
+        with mode if fast else contextlib.nullcontext():
             y = nn.BatchNorm2d(4).double()(torch.cat([x, x], axis=1))  # another name of its dim
             made = F.conv2d(x, 2 * net[0].body.weight, None, (1, 1), (1, 1), (1, 1), 1)  # of x?
             assert ["Fast" in str(v.grad_fn) for v in (y, F.relu(y), made)] == [fast, fast, 0]
