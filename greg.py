@@ -487,7 +487,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
 # in the units of its input. In float64, norms rounded up and, by `certify`, radii down by 1e-9,
-# certificates cover float64's rounding unless sums cancel, not that of a detector in float32.
+# local boxes up by 1e-14, it covers float64's rounding unless sums cancel, not float32's.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
