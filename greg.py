@@ -240,10 +240,6 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
 # Needs: nothing
 
 
-def _logits(f):  # what a network returned: logits, first in a tuple, or in a mapping
-    return f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
-
-
 def energy_score(logits: Tensor) -> Tensor:
     """S(x) = -LSE(f(x)) (Section 3.2), low for ID: logits [N,K] -> [N], in float32 or wider."""
     return -logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(dim=1)
@@ -283,6 +279,10 @@ def gradient_loss(
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
     norm = gradient_norm(s, x, torch.cat([s[:n_in] <= m_in, s[n_in:] >= m_aux]))
     return (norm[:n_in].mean() + norm[n_in:].mean()) / (1 if reduction == "paper" else len(s))
+
+
+def _logits(f):  # what a network returned: logits, first in a tuple, or in a mapping
+    return f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
 
 
 # The objective, its terms (energy: Eq. (1) or aux_loss), logits [N,K] and scores [N] behind them.
