@@ -458,7 +458,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 # ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after a share q of lower ones."""
-    first = int(Fraction(str(float(q))) * len(s))  # 29 of 100 at 0.29
+    first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # in their order
