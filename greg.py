@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the paper, what it compares with and
-what its certificates need, on torch alone (and SciPy in one function); 7-9 run it.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
+the paper, the methods that it compares with and what its certificates need; 7-9 run it.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -14,7 +14,7 @@ what its certificates need, on torch alone (and SciPy in one function); 7-9 run 
     8  Training            4, 6.1           the table of methods, the loop, checkpoints, speed
     9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
 
-Notation: S or s the score, LOW MEANS ID everywhere; m_in, m_aux margins; z = h(x) features (in 4
+Notation: S or s the score, LOW MEANS ID everywhere; m_in, m_aux margins; z = h(x) features (in 4:
 logits); gamma the threshold (ID iff s <= gamma); N samples, K classes, d features, k clusters.
 """
 
@@ -55,7 +55,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 Rng = torch.Generator | None
-Score = Callable[[Tensor], Tensor]  # [N] of logits [N,K], or of images where it says so
+Score = Callable[[Tensor], Tensor]  # logits [N,K] (where it says so, images) -> [N]
 
 # ==================================================================================================
 # 1  Networks: f(x) = W h(x) + b (Sections 3.1 and 6.1)
@@ -85,7 +85,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels: a Residual that joins its identity shortcut."""
+    """x -> [x, body(x)] along the channels; a Residual, so that one rule of 4 serves both."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -95,7 +95,7 @@ class Concat(Residual):
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std for x [N,C,H,W] in [0,1]: in front of a net it makes radii pixel units."""
+    """(x - mean) / std for x [N,C,H,W] in [0,1]: with it in front of a net, radii are in pixels."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -115,7 +115,7 @@ def _bn_relu_conv(c_in, c_out, kernel, stride=1):
 
 
 def _net(layers, d, K, fan):
-    """The layers, pooled, and a head of bias 0; He initialisation by "fan_in" or "fan_out"."""
+    """The layers, BN-ReLU, global mean, head of bias 0; He initialisation by `fan`."""
     pool = [nn.BatchNorm2d(d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = Net(nn.Sequential(*layers, *pool), d, K)
     for conv in (m for m in net.modules() if isinstance(m, nn.Conv2d)):
@@ -130,8 +130,8 @@ def resnet18(K: int) -> Net:
     for c in 64, 64, 128, 128, 256, 256, 512, 512:
         stride = 1 if c == c_in else 2
         body = [_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3), nn.BatchNorm2d(c)]
-        project = nn.Sequential(_conv(c_in, c, 1, stride), nn.BatchNorm2d(c))
-        block = Residual(nn.Sequential(*body), nn.Identity() if c == c_in else project)
+        shortcut = [] if c == c_in else [_conv(c_in, c, 1, stride), nn.BatchNorm2d(c)]
+        block = Residual(nn.Sequential(*body), nn.Sequential(*shortcut))  # empty: the identity
         layers += [nn.Sequential(block, nn.ReLU())]
         c_in = c
     return Net(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 512, K)
@@ -143,14 +143,14 @@ def wrn(depth: int, width: int, K: int) -> Net:
         raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40, ...), got {depth}")
     layers, c_in, n = [_conv(3, 16, 3)], 16, (depth - 4) // 6
     for i in range(3 * n):
-        c, stride = 16 * width * 2 ** (i // n), 2 if i in (n, 2 * n) else 1
-        bn, relu, *rest = *_bn_relu_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3)
+        c, stride = 16 * width * 2 ** (i // n), (2 if i in (n, 2 * n) else 1)
+        body = [*_bn_relu_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3)]
         if c_in == c:
-            layers += [Residual(nn.Sequential(bn, relu, *rest), nn.Identity())]
-        else:  # the shortcut branches off after the first BN-ReLU where shapes change
-            layers += [bn, relu, Residual(nn.Sequential(*rest), _conv(c_in, c, 1, stride))]
+            layers += [Residual(nn.Sequential(*body), nn.Identity())]
+        else:  # where shapes change, the shortcut too starts after the first BN-ReLU
+            layers += [*body[:2], Residual(nn.Sequential(*body[2:]), _conv(c_in, c, 1, stride))]
         c_in = c
-    return _net(layers, c_in, K, "fan_out")
+    return _net(layers, 64 * width, K, "fan_out")
 
 
 def wrn40_2(K: int) -> Net:
@@ -186,55 +186,6 @@ ARCHS = {net.__name__: net for net in (resnet18, wrn40_2, densenet100, densenet1
 ARCHS["wrn10_1"] = lambda K: wrn(10, 1, K)  # small enough for a CPU; not in the paper
 
 
-def read_tensors(path: str | Path) -> Any:
-    """What torch.save wrote to a file, read without running code, or one sentence on what it is."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    content = path.read_bytes()
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as e:
-        other = re.search(r"GLOBAL ([\w.]+)", str(e))
-        what = "is no file of torch.save, or a damaged one" if content else "is empty"
-        what = f"has an object of {other[1]}: save its state dict alone" if other else what
-        raise ValueError(f"{path} {what}; it starts with {content[:9]!r}") from None
-
-
-def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Module:
-    """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
-
-    By name, below any prefix or beside other submodules, else by position, as code bases name the
-    same layers differently but list them in forward order: each pair agrees in role (the name's
-    last part) and shape. ValueError for what does not fit, OSError without the file."""
-    state = state or read_tensors(path)  # `state`: what was read of it already
-    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    ours, theirs = (  # but for batch norm's counters, which old files lack
-        {k: v for k, v in d.items() if isinstance(v, Tensor) and not k.endswith("batches_tracked")}
-        for d in (net.state_dict(), state if isinstance(state, dict) else {})
-    )
-    # Of the file's top-level parts take all, those that we have too, or one: what has our count.
-    top = {k: k.partition(".")[0] for k in (*ours, *theirs)}
-    top_names = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
-    fits = {tuple(k for k in theirs if top[k] in names) for names in top_names}
-    fits = [keys for keys in fits if len(keys) == len(ours)]
-    if len(fits) != 1:
-        keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
-        has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
-        fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
-        raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
-    pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
-    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
-        pairs = dict(zip(ours, fits[0], strict=True))
-    for own, its in pairs.items():
-        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
-            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
-            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
-        if not theirs[its].isfinite().all():
-            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
-    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)
-    return net
-
-
 # ==================================================================================================
 # 2  Scores and losses (Sections 3.2 and 4.1)
 # Needs: nothing
@@ -256,15 +207,15 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
 
-    In eval mode it is mask_i ‖∇S(x_i)‖. In training mode batch norm lets s_j depend on x_i: where
-    mask_j = 0, s_j leaves the sum too. s may be [N,1]. ValueError: gradients off."""
+    In eval mode it is mask_i ‖∇S(x_i)‖. In training mode batch norm has every s_j depend on x_i:
+    what is masked is left out of the sum too. s may be [N,1]. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
-    keep = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
-    (g,) = torch.autograd.grad((s * keep).sum(), x, create_graph=True, allow_unused=True)
+    mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
+    (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
     if g is None:
         raise ValueError("s does not depend on x: is part of the network under torch.no_grad()?")
-    return torch.linalg.vector_norm(g.flatten(1), dim=1) * keep.flatten()
+    return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()
 
 
 def gradient_loss(
@@ -272,7 +223,7 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    The samples that Eq. (1) leaves out: s [N] scores of x [N,...], the first n_in in-distribution.
+    It counts what Eq. (1) leaves out. s [N]: scores of x [N,...], the first n_in in-distribution.
     reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
@@ -298,20 +249,21 @@ def greg_loss(
     """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
 
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
-    as they are, first in a tuple, or as "logits" in a mapping. On another method (Table 4):
+    as they are, first in a tuple, or as "logits" in a mapping. For another method (Table 4),
     aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` (low for ID, own margins) S. Raises
-    ValueError where Eq. (1) has m_in >= m_aux or an empty side, and for compiled modules or DDP's
-    static_graph, which may lose second derivatives. With checkpointed attention, call backward()
-    under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x: normalised, detached."""
+    ValueError where Eq. (1) has m_in >= m_aux or an empty side, and, if Eq. (3) counts, for parts
+    compiled or in DDP with static_graph, which may lose second derivatives. With checkpointed
+    attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x as
+    passed (normalised, say); nothing flows back into it."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
+    # Left by torch.compile(m), m.compile(), DDP's static_graph=True, torch.compile(m.forward):
     marks = "_orig_mod", "_compiled_call_impl", "static_graph", "get_compiler_config"
     for m in net.modules() if lambda_grad else ():
-        if any(getattr(o, mark, None) for o in (m, getattr(m, "forward", 0)) for mark in marks):
-            need = "no part may be compiled, nor DistributedDataParallel have static_graph=True"
-            raise ValueError(f"{type(m).__name__} would lose derivatives of Eq. (3): {need}")
-    n, x = len(x_in), torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
-    f = _logits(net(x))
+        if any(getattr(o, mark, None) for o in (m, getattr(m, "forward", None)) for mark in marks):
+            raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
+    x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
+    n, f = len(x_in), _logits(net(x))
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device).long()
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
     ce = F.cross_entropy(f_in, y_in)
@@ -332,7 +284,7 @@ def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
 
 
 def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): images lam x_in + (1 - lam) x_aux are of y_in by lam, else K+1."""
+    """OpenMix (Zhu et al. 2023): f_aux is of lam x_in + (1 - lam) x_aux, of class y_in by lam."""
     return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
 
 
@@ -340,12 +292,13 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with auxiliary samples weighted by Z / Σ Z, at
-    margins m_aux + alpha Z: larger for classes frequent among auxiliary images, prior [K], by
-    Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma."""
-    Z = f_aux.softmax(1) @ (prior**gamma / (prior**gamma).sum())
-    aux = F.relu(m_aux - (energy_score(f_aux) - alpha * Z)).square()
-    aux = (F.normalize(Z, p=1.0, dim=0) * aux).sum()  # 0, not NaN, where every Z underflows to 0
+    """Balanced energy (Choi et al. 2023): Eq. (1), its auxiliary samples weighted by Z / Σ Z, at
+    margins m_aux + alpha Z. Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma is large for classes that
+    are frequent among the auxiliary images: prior [K] are their shares."""
+    share = prior**gamma / (prior**gamma).sum()
+    Z = (f_aux.softmax(1) * share).sum(1)  # autocast would take a product of matrices in bfloat16
+    weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
+    aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
     return F.relu(energy_score(f_in) - m_in).square().mean() + aux
 
 
@@ -354,30 +307,17 @@ def balanced_energy_loss(
 # Needs: _logits (2)
 
 
-@contextlib.contextmanager
-def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside, and after it every module in the mode that it had before."""
-    modes = [(m, m.training) for m in net.modules()]
-    try:
-        yield net.eval()
-    finally:
-        for m, training in modes:
-            m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
-        for m, training in modes:  # again: a second parent may have reset a shared child
-            m.training = training
-
-
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
-    ValueError unless `net` returns that tensor, as for `greg_loss`; in-place changes go unseen."""
+    ValueError unless `net` returns that very tensor (see `greg_loss`), not changed in place."""
     caught = []
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = _logits(net(x))
-    for _, z, given in caught:
-        if z and given is f and f.dim() == 2:  # the very tensor: nothing came after
-            return z[0], f
+    for _, args, output in caught:
+        if args and output is f and f.dim() == 2:  # the very tensor: nothing came after
+            return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
 
@@ -386,8 +326,8 @@ def kmeans(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """K-Means (Lloyd 1982): x [N,d] -> labels [N] int64, centroids [k,d], inertia (a scalar).
 
-    The best of `n_init` restarts, in float32 or float64; each stops when its centroids' squared
-    movement is at most tol times a feature's mean variance. Labels: the nearest centroid returned.
+    The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
+    centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
     An empty cluster moves to the point farthest from its centroid; with fewer than k distinct
     points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
@@ -398,47 +338,48 @@ def kmeans(
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # so that no square overflows
         mean = (x / scale).mean(0)
-        x = x / scale - mean  # ‖x - c‖² = ‖x‖² - 2 x·c + ‖c‖² would cancel far from the origin
+        x = x / scale - mean  # far from the origin ‖x‖² - 2 x·c + ‖c‖² would cancel
         square = x.square().sum(1)
         for _ in range(n_init):
             c, moved = _seeds(x, square, k, generator), math.inf
-            for i in range(max_iter + 1):
+            for i in range(max_iter + 1):  # assign, then move, unless this is the end
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square
+                distance += square  # now ‖x‖² - 2 x·c + ‖c‖², of the nearest c
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
-                    break  # the last pass only assigns
-                old, size, order = c, labels.bincount(minlength=k), labels.argsort(stable=True)
-                c = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")  # by cluster
-                c[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
-                moved = (c - old).square().sum()
+                    break
+                size, order = labels.bincount(minlength=k), labels.argsort(stable=True)
+                # The mean of each cluster, by a sum that has a fixed order on a GPU too.
+                means = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
+                means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
+                moved, c = (means - c).square().sum(), means
             runs.append((distance.sum().item(), labels, c))
     _, labels, c = min(runs, key=lambda run: run[0])
     return labels, (c + mean) * scale, ((x - c[labels]) * scale).square().sum()
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) on a sample of 16 points a cluster: [k,d]. The
-    next is the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed. Half the
-    sample is drawn ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018)."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], on a sample of 16 k points, half of
+    them uniform, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018).
+    Each next seed: the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed."""
     weight = square + square.mean() + 1e-30  # the two halves; 1e-30: all points may be equal
-    x = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
-    distances = torch.cdist(x, x).square()
-    chosen, closest = [x[0]], distances[0]
+    sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
+    distances, tries = torch.cdist(sample, sample).square(), 2 + int(math.log(k))
+    chosen, closest = [sample[0]], distances[0]
     for _ in range(1, k):
-        i = torch.multinomial(closest + 1e-30, 2 + int(math.log(k)), True, generator=generator)
-        nearer = torch.minimum(distances[i], closest)
+        i = torch.multinomial(closest + 1e-30, tries, replacement=True, generator=generator)
+        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest` with each try
         best = nearer.sum(1).argmin()
         closest = nearer[best]
-        chosen.append(x[i[best]])
+        chosen.append(sample[i[best]])
     return torch.stack(chosen)
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
     """Algorithm 1: 2k distinct indices of N candidates, given features z [N,d], scores s [N].
 
-    From each of k clusters of the normalised features the candidates of lowest and highest score,
-    the `ends` of its ranking: for Eq. (1) and for Eq. (3), though both see all 2k. Where a cluster
-    has one member or none, random candidates fill in. ValueError: too few, or a NaN score.
+    From each of k clusters of the normalised features the `ends` of its ranking by score: the
+    lowest for Eq. (1), the highest for Eq. (3) (here both see all 2k). Where a cluster has one
+    member or none, random candidates fill in. ValueError: too few, or a NaN score.
     DOS (Jiang et al. 2024) takes from each cluster the lowest s = p_{K+1} alone: ends=(0,)."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
@@ -452,7 +393,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         ranked = order[labels[order] == j]  # line 5: I, by score
         chosen[ranked[list(ends)]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
-    return (lottery + 2 * chosen).topk(n).indices  # line 8: the chosen have 2 and more
+    return (lottery + 2 * chosen).topk(n).indices  # line 8: all the chosen, then random others
 
 
 # ---- Samplers of other methods.
@@ -836,7 +777,20 @@ def attack(
 
 # ==================================================================================================
 # 5  Post-hoc scores (Section 2.1), low = ID
-# Needs: energy_score, _logits (2), eval_mode (3)
+# Needs: energy_score, _logits (2)
+
+
+@contextlib.contextmanager
+def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode inside, and after it every module in the mode that it had before."""
+    modes = [(m, m.training) for m in net.modules()]
+    try:
+        yield net.eval()
+    finally:
+        for m, training in modes:
+            m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
+        for m, training in modes:  # again: a second parent may have reset a shared child
+            m.training = training
 
 
 def msp(logits: Tensor) -> Tensor:
@@ -985,28 +939,28 @@ def _vector(s):
 
 
 def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
-    """γ: the ⌈tpr·n⌉-th smallest of s_in: a share of at least tpr is at or below it. ValueError
+    """γ: the ⌈tpr·n⌉-th smallest of s_in, the least with a share tpr at or below it. ValueError
     unless tpr is in (0, 1] and s_in, as for all metrics, a vector without NaN."""
-    s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # 19/20 exactly
+    s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # in floats 0.55 · 100 > 55
     if not 0 < share <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr}")
     return s_in.sort().values[math.ceil(share * len(s_in)) - 1].item()
 
 
 def fpr_at_tpr(s_in: Tensor, s_out: Tensor, tpr: float = 0.95) -> float:
-    """FPR95: the share of OOD accepted (s <= γ, as are at least 95 % of ID), ties against us."""
+    """FPR95: the share of OOD at or below γ, where a share tpr of ID is; ties count against us."""
     return (_vector(s_out) <= threshold(s_in, tpr)).double().mean().item()
 
 
 def auroc(s_in: Tensor, s_out: Tensor) -> float:
     """P(s_in < s_out) + P(s_in = s_out) / 2: the Mann-Whitney statistic with exact counts."""
-    s_in, s_out = _vector(s_in), _vector(s_out).sort().values
-    below, not_above = (torch.searchsorted(s_out, s_in, right=r).sum() for r in (False, True))
-    return 1 - int(below + not_above) / (2 * len(s_in) * len(s_out))
+    s_in, s_out = _vector(s_in).sort().values, _vector(s_out)
+    less, at_most = (torch.searchsorted(s_in, s_out, right=r).sum() for r in (False, True))
+    return int(less + at_most) / (2 * len(s_in) * len(s_out))
 
 
 def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
-    """Average precision Σ (R_i - R_{i-1}) P_i, low scores positive: mean P_i over the positives."""
+    """Average precision Σ (R_i - R_{i-1}) P_i, low scores positive: the mean of P_i over s_pos."""
     s_pos, s_neg = _vector(s_pos).sort().values, _vector(s_neg).sort().values
     tp, fp = (torch.searchsorted(s, s_pos, right=True).double() for s in (s_pos, s_neg))
     return (tp / (tp + fp)).mean().item()
@@ -1273,8 +1227,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
     """ValueError if a share over `most` of a set is known, to the pixel; of fewer a remark."""
-    arrays = [v.x.numpy() for v in known if torch.is_tensor(v.x)]  # files are cropped anew
-    seen = {hash(x.tobytes()) for array in arrays for x in array}
+    seen = {hash(x.tobytes()) for v in known if torch.is_tensor(v.x) for x in v.x.numpy()}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
         both = sum(hash(v.tobytes()) in seen for v in x)
@@ -1708,22 +1661,70 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
         encoded = content.encode(errors="replace") if isinstance(content, str) else content
         temporary.write_bytes(encoded)
         if keep and path.exists():
-            shutil.copyfile(path, old := temporary.with_suffix(".old"))
-            os.replace(old, path.with_name(keep))
+            shutil.copyfile(path, path.with_name(keep))
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
     finally:
-        for left in temporary, temporary.with_suffix(".old"):
-            left.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What torch.save wrote to a file (of a folder: checkpoint.pt), without running code in it."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    content = path.read_bytes()
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as e:
+        other = re.search(r"GLOBAL ([\w.]+)", str(e))
+        what = "is no file of torch.save, or a damaged one" if content else "is empty"
+        what = f"has an object of {other[1]}: save its state dict alone" if other else what
+        raise ValueError(f"{path} {what}; it starts with {content[:9]!r}") from None
+
+
+def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Module:
+    """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
+
+    By name, below any prefix or beside other submodules, else by position: code bases name the same
+    layers differently but list them in forward order. The last part of a name and the shape must
+    agree. ValueError for what does not fit, OSError without the file."""
+    state = state or read_tensors(path)  # the caller's, if it has read the file already
+    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    ours, theirs = (  # but for batch norm's counters, which old files lack
+        {
+            k: v
+            for k, v in d.items()
+            if torch.is_tensor(v) and not str(k).endswith("batches_tracked")
+        }
+        for d in (net.state_dict(), state if isinstance(state, dict) else {})
+    )
+    # Take all of the file, the top-level parts that we have too, or one part: what has our count.
+    part = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
+    choices = {part[k] for k in theirs}, {part[k] for k in ours}, *({part[k]} for k in theirs)
+    fits = {tuple(k for k in theirs if part[k] in parts) for parts in choices}  # without repeats
+    fits = [keys for keys in fits if len(keys) == len(ours)]
+    if len(fits) != 1:
+        keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
+        has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
+        fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
+        raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
+    pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
+    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
+        pairs = dict(zip(ours, fits[0], strict=True))
+    for own, its in pairs.items():
+        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
+            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
+            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
+        if not theirs[its].isfinite().all():
+            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
+    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)
+    return net
 
 
 def stored(path: str | Path) -> dict[str, Any]:
     """The checkpoint of a run's folder or file; {} of other files of tensors."""
-    try:
-        state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"no {e.filename}: name a run of greg.py train, or weights") from e
+    state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
     return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
 
@@ -1776,6 +1777,8 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, wher
     if old != new:
         gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
         raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
+    if saved and "gamma" not in saved:
+        remark(f"{where} is not finished: its weights so far are used")
     if (trained := saved.get("size", size)) != size:
         remark(f"warning: {where} was trained on images of {trained}×{trained}, not {size}")
 
@@ -1793,8 +1796,6 @@ def interrupts(run: Run) -> Iterator[None]:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, embedded
                 before.callback(signal.signal, number, signal.signal(number, stop))
         yield
-    if run.stopped_by:  # after the last step, which is saved
-        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -1830,8 +1831,6 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     elif c.init:
         saved = stored(c.init)
         check_classes(saved, classes, size, c.init)
-        if saved and "gamma" not in saved:
-            remark(f"warning: {c.init} is not finished: its weights so far are used")
         start = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
         net.features.load_state_dict(start.features.state_dict())
         net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
@@ -2314,10 +2313,6 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    for path in (one_spelling(name_and_path(v)[1]) for v in c.ood if "=" in v):
-        # An archive may hold both.
-        if c.aux[-4:] not in ("", ".npz") and f"{path}/".startswith(f"{one_spelling(c.aux)}/"):
-            raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
@@ -2804,8 +2799,6 @@ def command_eval(args: argparse.Namespace) -> None:
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no score {unknown[0]!r} of this network; one of {', '.join(known)}")
-    if state and "gamma" not in state:
-        remark(f"warning: {source} is not finished: its weights so far are used")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, test_set.x.shape[1], source)
