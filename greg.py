@@ -427,8 +427,8 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # Needs: Net, Residual, Concat, Normalize (1), energy_score, _logits (2), and SciPy for smoothing.
 
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. In float64, norms rounded up and, by `certify`, radii down by 1e-9,
-# local boxes up by 1e-14, it covers float64's rounding unless sums cancel, not float32's.
+# in the units of its input. Norms go up by 1e-9, in `certify` radii down by it, local boxes up by
+# 1e-14: enough for float64's rounding unless sums cancel, not for a network run in float32.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
@@ -438,8 +438,8 @@ Attack = namedtuple("Attack", "x s flipped distance")
 def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
-    Sound if S is lipschitz-Lipschitz on B(x, ε). The paper's L_S = ‖∇S(x)‖ need not be that: see
-    `id_radius`, `ood_radius`. lipschitz, eps: numbers or [N], ValueError below 0, or for NaN."""
+    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ may
+    not be such an L_S: see `id_radius`. lipschitz, eps: numbers or [N]; ValueError: < 0 or NaN."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
@@ -461,7 +461,7 @@ _OPTIONS |= {"dilation": 1, "groups": 1, "affine": True, "output_size": 1}
 
 def _demand(m, known):
     if not known:
-        raise NotImplementedError(f"no rule for {type(m).__name__} with these options or hooks")
+        raise NotImplementedError(f"no rule for {type(m).__name__} with this shape, options, hooks")
 
 
 def _exact(net, x, *also):
@@ -470,8 +470,8 @@ def _exact(net, x, *also):
         _demand(m, type(m) in (*_KNOWN, *also))
         _demand(m, all(getattr(m, k, v) in (v, (v, v)) for k, v in _OPTIONS.items()))
         _demand(m, not any(callable(v) or (v and k.endswith("hooks")) for k, v in vars(m).items()))
-        _demand(m, getattr(m, "running_var", 0) is not None)
-        _demand(m, not isinstance(getattr(m, "padding", 0), str))
+        _demand(m, getattr(m, "running_var", 0) is not None)  # None: statistics of the batch
+        _demand(m, not isinstance(getattr(m, "padding", 0), str))  # "same" may pad unevenly
     _demand(net, not any(v for k, v in vars(nn.modules.module).items() if k.endswith("_hooks")))
     if any(m.training for m in net.modules()):
         raise ValueError("certificates hold in eval mode; call net.eval() first")
@@ -503,16 +503,16 @@ def _linear(m, x, f):
     return m(x)  # pools and the like; squares stop before them
 
 
-def _carry(net, c, r, relu, f, u=0.0):  # r: derivatives of c (region), or radii around c (local)
-    """Through `net`: c by W c + b, r (wider by u) by f(W) r (`_linear`); at ReLUs by relu(c, r)."""
+def _carry(net, c, r, relu, f, tiny=0.0):  # r: derivatives of c (region) or radii around c (local)
+    """Affine layers: W c + b and f(W) r, r first wider by tiny (|c| + r); ReLUs: relu(c, r)."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
-            both = zip(*(_carry(v, c, r, relu, f, u) for v in (m.shortcut, m.body)), strict=True)
-            c, r = (sum(v) if type(m) is Residual else torch.cat(v, 1) for v in both)
+            both = zip(*(_carry(v, c, r, relu, f, tiny) for v in (m.shortcut, m.body)), strict=True)
+            c, r = (a + b if type(m) is Residual else torch.cat([a, b], 1) for a, b in both)
         else:
-            c, r = m(c), _linear(m, r + u * (c.abs() + r).detach(), f)
+            c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), f)
     return c, r
 
 
@@ -520,16 +520,16 @@ def _carry(net, c, r, relu, f, u=0.0):  # r: derivatives of c (region), or radii
 def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: int = 1) -> float:
     """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
 
-    It is a part of the circular one on a torus of at least hw + 2 padding, whose norm is no smaller
-    and which is block-diagonal in Fourier space (Sedghi et al. 2019), s² aliases side by side at
-    stride s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
+    It is part of the circular one on a torus of sides s m >= hw + 2 padding, of no smaller norm and
+    block-diagonal in Fourier space (Sedghi et al. 2019): block b < m holds the frequencies b + a m,
+    a < s, side by side. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
     w, sizes = weight.detach().cpu().double(), []
     axes = w.shape[2:], *map(_pair, (hw, stride, padding, dilation))
     for k, n, s, p, d in zip(*axes, strict=True):
         n = s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)  # 1×1: all frequencies are alike
-        sizes += [s, -(-n // s)]
+        sizes += [s, math.ceil(n / s)]  # a side s m >= n: s frequencies alias at each of m
     (s1, m1, s2, m2), (d1, d2), (k1, k2) = sizes, _pair(dilation), w.shape[2:]
     torus = w.new_zeros(*w.shape[:2], s1 * m1, s2 * m2)
     torus[..., ::d1, ::d2][..., :k1, :k2] = w
@@ -539,17 +539,17 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """w' [C] such that net(diag(w) g) = diag(w') g' with g' 1-Lipschitz if g is.
+    """w' [C]: if x = diag(w) g, g 1-Lipschitz, then net(x) = diag(w') g' + const, g' 1-Lipschitz.
 
-    x: any input, for its shapes. ReLU leaves w, so g' = relu g. Branches diag(v) g, diag(w) h are
-    diag(t v) g/t, diag(u w) h/u: (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1; t² = 1 + ratio."""
+    x: any input, for its shapes. ReLU leaves w. Branches diag(v) g and diag(w) h are joined after
+    scaling, diag(t v) g/t and diag(u w) h/u, as (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1."""
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
             _demand(m, type(m) is Concat or m.shortcut(x).shape == m.body(x).shape)
             v, w = _propagate(m.shortcut, x, w), _propagate(m.body, x, w)
             ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)
-            v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()
+            v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()  # t v, u w: any ratio > 0
             w = v.hypot(w) if type(m) is Residual else torch.cat([v, w])
         elif type(m) is nn.Linear:
             _demand(m, x.dim() == 2)
@@ -576,8 +576,8 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
     As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks. NotImplementedError (below too): a layer without a rule."""
-    x = [*net.parameters(), torch.zeros(())][0].new_zeros(1, *shape, dtype=torch.float64)
+    networks. NotImplementedError, as below, if a layer has no rule."""
+    x = next(net.parameters(), torch.zeros(())).new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
     last = layers.pop().weight if layers and type(layers[-1]) is nn.Linear else None
     w = _propagate(nn.Sequential(*layers), x, x.new_ones(shape[0]))
@@ -589,8 +589,8 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
 def linear_region(net: nn.Module, x: Tensor) -> Region:
     """z [K], A [K,D], ε̂ (a float) of one input: f(x + u) = z + A u for all ‖u‖ <= ε̂, sound.
 
-    Under the ReLU pattern of x, pre-activation j is a_j + g_j·u; it holds until one changes sign:
-    ε̂ = min_j |a_j| / ‖g_j‖, exact (Section 5). x [C,H,W], [D] or a batch of one; D derivatives."""
+    Under x's ReLU pattern, pre-activation j is a_j + g_j·u; the first to change sign sets
+    ε̂ = min_j |a_j| / ‖g_j‖, 0 on a boundary. x [C,H,W], [D] or a batch of one; D derivatives."""
     x = (x if x.dim() in (2, 4) else x[None]).detach().double()
     if len(x) != 1:
         raise ValueError(f"the linear region is that of one input, got {len(x)}")
@@ -601,9 +601,9 @@ def linear_region(net: nn.Module, x: Tensor) -> Region:
         ratios.append(torch.where(size > 0, a[0].abs() / size, math.inf).min().item())
         return a.relu(), g * (a > 0)
 
-    u = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape[1:])
-    z, A = _carry(net, x, u, relu, lambda weight: weight)
-    return Region(z[0], A.T, min(ratios))
+    basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).view(-1, *x.shape[1:])
+    z, columns = _carry(net, x, basis, relu, lambda weight: weight)
+    return Region(z[0], columns.T, min(ratios))
 
 
 def _tangent(z, A, gamma):
@@ -630,29 +630,29 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     if m <= 0:
         return 0.0
     a, R = A.norm(dim=1), torch.pdist(A).max().item() if len(A) > 1 else 0.0
-    low, high = 0.0, ((-gamma - z) / a).min().item()
+    low, high = 0.0, ((-gamma - z) / a).min().item()  # high: where one term of LSE alone is -γ
     for _ in range(70):
         r = (low + high) / 2
         low, high = (r, high) if torch.logsumexp(z + r * a, 0) <= -gamma else (low, r)
-    half = (slope + math.sqrt(slope * slope + R * R * m / 2)) / 2  # m / half: the second root
-    return max(low, m / half) if half else math.inf
+    half = (slope + math.sqrt(slope * slope + R * R * m / 2)) / 2
+    return max(low, m / half) if half else math.inf  # R² r² / 8 + slope r = m at r = m / half
 
 
 # ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
 # layers give Wc + b and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
-    """ReLU of an interval (c, r); backward, [a, b] of cotangents times [low, high] of slopes."""
+    """ReLU of an interval (c, r); backward, [a, b] of cotangents times [min, max] of slopes."""
 
     @staticmethod
     def forward(ctx, c, r):
         low, high = c - r, c + r
-        ctx.low, ctx.high = (low > 0).to(c.dtype), (high >= 0).to(c.dtype)
+        ctx.min, ctx.max = (low > 0).to(c.dtype), (high >= 0).to(c.dtype)  # slopes
         return (low.relu() + high.relu()) / 2, (high.relu() - low.relu()) / 2
 
     @staticmethod
     def backward(ctx, g_c, g_r):
         a, b = g_c - g_r, g_c + g_r
-        a, b = torch.minimum(a * ctx.low, a * ctx.high), torch.maximum(b * ctx.low, b * ctx.high)
+        a, b = torch.minimum(a * ctx.min, a * ctx.max), torch.maximum(b * ctx.min, b * ctx.max)
         return (a + b) / 2, (b - a) / 2
 
 
@@ -660,7 +660,7 @@ class _Gate(torch.autograd.Function):
 def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     """L [N] such that S is L-Lipschitz on B(x_i, eps_i): x [N,...], eps a number or [N]. Sound.
 
-    Intervals contain all activations on the ball, so all derivatives of ReLU, so, backward, all
+    Intervals hold all activations on the ball, hence all ReLU slopes and, backward, all
     gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0 where no pre-activation is 0:
     the paper's argument as a theorem. Infinite where intervals overflow, as in deep networks."""
     x = x.clone().detach().double().requires_grad_()
@@ -671,16 +671,16 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
     c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # diagonal layers keep the ball an ellipsoid, of half-axes eps √squares
+        m = layers.pop(0)  # through diagonal layers and one W: the ball's box, c ± eps √squares
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
-        if type(m) in (nn.Conv2d, nn.Linear):  # after one of these its box is exact, not further
+        if type(m) in (nn.Conv2d, nn.Linear):  # exact here, unsound if carried through a second W
             break
     r = r + eps.view(-1, *[1] * (c.dim() - 1)) * squares.sqrt()
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs, 1e-14)
-    low, high = (c - r).detach(), (c + r).detach()
-    own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)
-    most, least = (torch.where(own, -math.inf, v[:, None]).logsumexp(2) for v in (high, low))
-    low, high = (low - most).sigmoid(), (high - least).sigmoid()  # -∂S/∂z_i = σ(z_i - LSE_{j≠i} z)
+    z_low, z_high = (c - r).detach(), (c + r).detach()
+    own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)  # -∂S/∂z_i = σ(z_i - rest_i)
+    rest = [torch.where(own, -math.inf, z[:, None]).logsumexp(2) for z in (z_low, z_high)]
+    low, high = (z_low - rest[1]).sigmoid(), (z_high - rest[0]).sigmoid()  # rest: LSE_{j≠i} z
     g_c, g_r = torch.autograd.grad((c, r), inputs, ((low + high) / 2, (high - low) / 2))
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
@@ -690,15 +690,15 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 
     "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input)."""
     s = energy_score(_exact(net, x)(x.double())).detach()
-    top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)
+    top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)  # L(ε) >= L(0)
     sizes = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
     local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in sizes]
     radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:]))}
     radii["local"] = torch.stack(local).amax(0)
     if regions:
-        cells, sides = [linear_region(net, v[None]) for v in x], (id_radius, ood_radius)
-        inside = [min(v.eps_hat, max(f(v.z, v.A, gamma) for f in sides)) for v in cells]
-        radii["region"] = s.new_tensor(inside)  # the larger: that of the other side is 0
+        cells = [linear_region(net, v[None]) for v in x]
+        inside = [id_radius(z, A, gamma) + ood_radius(z, A, gamma) for z, A, _ in cells]  # one is 0
+        radii["region"] = s.new_tensor([c.eps_hat for c in cells]).minimum(s.new_tensor(inside))
     return {name: r * _DOWN for name, r in radii.items()}
 
 
@@ -716,8 +716,8 @@ def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng =
 def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001) -> Tensor:
     """Signed radius [N] of the detector "ID iff P(S(x + σZ) <= γ) > 1/2", by its scores s [N,n].
 
-    -R: ID within R of x; +R: OOD; 0: undecided. R = σ Φ⁻¹(p), p the Clopper-Pearson lower bound of
-    the side that wins (Cohen et al. 2019): it is too large with probability at most alpha, unless γ
+    -R: ID within R of x; +R: OOD; 0: undecided. R = σ Φ⁻¹(p), p the Clopper-Pearson lower bound for
+    the winning side (Cohen et al. 2019). R is too large with probability at most alpha, unless γ
     comes from s. ValueError for too few draws, or bad numbers."""
     from scipy.stats import beta
 
@@ -746,8 +746,8 @@ def attack(
     """Projected gradients on S toward the wrong side of γ within eps (ℓ2): the worst x' found.
 
     Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
-    lowers S, +inf raises it, for all x: no flips. The first start is x, others random; steps begin
-    at eps / 2, by turns 2 eps, and shrink. clamp=(0, 1): images. ValueError: odd eps, x, γ, S."""
+    lowers S of all x, +inf raises it, with no flips. Start 1 is x, others random; steps fall from
+    eps / 2 (odd starts) or 2 eps (even). clamp=(0, 1): images. ValueError: bad eps, x, γ, S."""
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
     odd = odd or math.isnan(gamma) or min(steps, restarts) < 1
@@ -757,17 +757,17 @@ def attack(
     worst, s_worst, distance = x.clone(), energy_score(_logits(net(x))).detach(), 0 * limit[:, 0]
     if s_worst.isnan().any():
         raise ValueError("S(x) is NaN: nothing to attack")
-    sign = torch.where(s_worst > gamma, -1.0, 1.0)
+    sign = torch.where(s_worst > gamma, -1.0, 1.0)  # OOD: S down; ID: S up
     for restart in range(restarts):
         u = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         u = F.normalize(u.flatten(1).double()) * limit * (restart > 0)
         for t in range(steps + 1):
-            u = F.normalize(u, eps=1e-30) * u.norm(dim=1, keepdim=True).minimum(limit)
+            u = F.normalize(u, eps=1e-30) * u.norm(dim=1, keepdim=True).minimum(limit)  # project
             near = (x + u.view_as(x)).to(x.dtype).clamp(*clamp).requires_grad_()
             s = energy_score(_logits(net(near)))
             (g,) = torch.autograd.grad((sign * s).sum(), near)
-            u = (near.detach().double() - x).flatten(1)
-            i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)
+            u = (near.detach().double() - x).flatten(1)  # what rounding and clamping left of u
+            i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)  # the rows that improve
             worst[i], s_worst[i], distance[i] = near.detach()[i], s.detach()[i], u.norm(dim=1)[i]
             step = (0.5, 2.0)[restart % 2] * (1 - t / (steps + 1))
             u = u + step * limit * F.normalize(g.flatten(1).double(), eps=1e-30)
@@ -788,7 +788,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         yield net.eval()
     finally:
         for m, training in modes:
-            m.train(training)  # by its own method, which may undo what its eval() did (LoRA)
+            m.train(training)  # its own train(), which may undo its own eval() (LoRA)
         for m, training in modes:  # again: a second parent may have reset a shared child
             m.training = training
 
@@ -809,9 +809,9 @@ def odin(
     """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N], in eval mode. MSP of the first K
     logits (default: all) at temperature T, of x moved by eps in [0,1] pixels (so eps / std in units
     of x), in the direction that raises the predicted class's probability."""
-    with eval_mode(net), torch.inference_mode(False), torch.enable_grad():
+    with eval_mode(net), torch.inference_mode(False):  # with gradients, whatever the caller's mode
         x = x.clone().detach().requires_grad_()
-        f = _logits(net(x))[:, :K] / T  # and T times the loss, which in float16 would underflow
+        f = _logits(net(x))[:, :K] / T  # below, T times the loss: its 1 / T may underflow float16
         (g,) = torch.autograd.grad(T * F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
         step = eps / x.new_tensor(std).view(1, -1, *[1] * (x.dim() - 2))
         f = _logits(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)))[:, :K].detach()
@@ -838,9 +838,9 @@ def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = m
 
 def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[int], Tensor]:
     """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. The
-    contributions E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps (i, j) if V_cj is
+    Shapley values E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps (i, j) if V_cj is
     above the p_a-th percentile of V_c, and |V_cj| W_ij above the p_w-th of all |V_c| W."""
-    V = W * z_class  # contributions
+    V = W * z_class
     activation = torch.stack([percentile(v, p_a) for v in V])
     weight = torch.stack([percentile(v.abs() * W, p_w) for v in V])
     return lambda c: (V[c].abs() * W > weight[c]) & (V[c] > activation[c])
@@ -869,9 +869,9 @@ class PostHoc(NamedTuple):
     line_clip: float = 1.0  # likewise
 
 
-# By ID data, or ID data and network; the paper gives none. Where a source has another network than
-# ours: LINe's DenseNet for ResNet-18 and WRN, DICE's and LINe's ResNet-50 for DenseNet-121. Most of
-# DenseNet-BC's features are near 0, so that ReAct's percentile would clip the rest: LINe's clip.
+# Keys: ID data, or ID data and network; the paper gives no values. Networks missing in a source:
+# ResNet-18 and WRN take LINe's DenseNet's, DenseNet-121 DICE's and LINe's ResNet-50's. Most of
+# DenseNet-BC's features are near 0: ReAct's percentile would clip the others, so LINe's clip.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
     ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
@@ -978,6 +978,47 @@ def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
 # 7  Data (Section 6.1)
 
 
+# ---- Processes and messages.
+def world() -> tuple[int, int]:
+    """(rank, number of processes): (0, 1) unless torchrun started us."""
+    on = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
+
+
+def say(text: str, to: Any = None) -> None:
+    """Print, by the first process alone."""
+    if world()[0] == 0:
+        try:
+            print(text.rstrip("\n"), file=to, flush=True)
+        except BrokenPipeError:  # the reader has left; there may be results still to save
+            sys.stdout = open(os.devnull, "w") if to is None else sys.stdout
+
+
+def remark(text: object) -> None:
+    """A message to the user, on stderr: no part of what a script reads."""
+    say(f"greg: {text}", sys.stderr or io.StringIO())
+
+
+def bar(items: Any, what: str, **options: Any) -> Any:
+    """A progress bar around `items`, with the total and the time left, after half a second."""
+    from tqdm import tqdm
+
+    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True}
+    progress = tqdm(items, what, disable=world()[0] > 0 or not sys.stderr, **options)
+
+    def tick():  # the clock goes on in a long step too, until the bar is closed
+        while not progress.disable:
+            time.sleep(0.5)
+            with tqdm.get_lock():
+                progress.delay = 0  # else close() would leave the bar standing
+                progress.refresh(nolock=True)
+
+    if sys.stderr and sys.stderr.isatty():  # not into a log file
+        threading.Thread(target=tick, daemon=True).start()
+    return progress
+
+
+# ---- Images in memory.
 class Images(NamedTuple):
     """A data set: x [N,H,W,3] uint8 or `Files`, y [N] labels or None, names of the classes."""
 
@@ -1005,45 +1046,6 @@ STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and st
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "dice": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # public checkpoints: DICE, LINe
 }
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes): (0, 1) unless torchrun started us."""
-    on = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
-
-
-def say(text: str, to: Any = None) -> None:
-    """Print, by the first process alone."""
-    if world()[0] == 0:
-        try:
-            print(text.rstrip("\n"), file=to, flush=True)
-        except BrokenPipeError:  # who read it has left; what was computed is still to be saved
-            sys.stdout = open(os.devnull, "w") if to is None else sys.stdout
-
-
-def remark(text: object) -> None:
-    """Say on stderr what a user should know and a script should not read."""
-    say(f"greg: {text}", sys.stderr or io.StringIO())
-
-
-def bar(items: Any, what: str, **options: Any) -> Any:
-    """A progress bar around `items`, with the total and the time left, after half a second."""
-    from tqdm import tqdm
-
-    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True}
-    progress = tqdm(items, what, disable=world()[0] > 0 or not sys.stderr, **options)
-
-    def tick():  # the clock goes on in a long step too, until the bar is closed
-        while not progress.disable:
-            time.sleep(0.5)
-            with tqdm.get_lock():
-                progress.delay = 0  # so that close() erases what this has shown
-                progress.refresh(nolock=True)
-
-    if sys.stderr and sys.stderr.isatty():  # a log file need not hear it
-        threading.Thread(target=tick, daemon=True).start()
-    return progress
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -1084,13 +1086,14 @@ def _distance(family, z, draw):
         return torch.maximum(torch.maximum(x, y) - 0.95, torch.minimum(x, y) - 0.3)
     if family == "crescents":
         return torch.maximum(r - 0.85, 0.85 - (z + draw(0.35, 0.8)).abs())
-    if family == "lobes":  # a superformula: from 6 lobes on, as no ID class has
+    if family == "lobes":  # a superformula: 6 lobes or more, ID has 5 at most
         m, n = draw(6, 13).floor(), draw(1, 4)
         waves = torch.stack([(m * a / 4).cos(), (m * a / 4).sin()]) * 2**0.5
         return r - waves.abs().pow(2 + n * draw(1, 3)).mean(0).pow(-1 / n)
-    if family in ("fields", "curves"):  # random and odd: no zero line of it is one closed figure
+    if family in ("fields", "curves"):  # odd under half turns: no zero line is one closed figure
         f = sum(draw(0, 1) * _zoom(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
-        f = (g := f - f.flip(1, 2)) / g.std((1, 2), keepdim=True) / 5
+        f = f - f.flip(1, 2)
+        f = f / f.std((1, 2), keepdim=True) / 5
         return f if family == "fields" else torch.maximum(f.abs() - 0.04, r - draw(0.8, 1.5))
     if family == "waves":
         rate, turn = draw(2, 9, 3), torch.exp(1j * draw(0, 2 * pi, 3))
@@ -1112,7 +1115,9 @@ def _distance(family, z, draw):
     if family == "shards":  # three lines; the sign changes across each
         d = (Z * torch.exp(1j * draw(0, 2 * pi, 3))).real - draw(-0.6, 0.6, 3)
         return d.abs().amin(1) * d.sign().prod(1)
-    return r - 0.85 if family == "disc" else torch.sin(a * (n := draw(3, 7).floor())) * r / n
+    if family == "rays":
+        return torch.sin(a * (n := draw(3, 7).floor())) * r / n
+    return r - 0.85  # disc
 
 
 def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
@@ -1125,7 +1130,7 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
     y, x = torch.randperm(n, generator=g) % len(families), torch.empty(n, 32, 32, 3).byte()
     for k, family in enumerate(families[:n]):
 
-        def draw(low, high, *shape, mine=y == k):
+        def draw(low, high, *shape, mine=y == k):  # uniform [images of the family, *shape, 1, 1]
             return torch.rand(int(mine.sum()), *shape, 1, 1, generator=g) * (high - low) + low
 
         size, back, at = draw(0.6, 0.85), draw(0, 1, 3), draw(-0.2, 0.2) + 1j * draw(-0.2, 0.2)
@@ -1144,7 +1149,7 @@ def open_image(path: str | Path) -> Any:
     """An image file as RGB, as a viewer shows it: upright, on white; ValueError if it is none."""
     from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or math.inf)  # the user's file
+    Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or math.inf)  # for photographs
     with open(path, "rb") as file:
         try:
             image = ImageOps.exif_transpose(Image.open(file))
@@ -1162,12 +1167,12 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, resized to short side s = size (from 128 on: s · 256 / 224), then cropped at
-    its centre: [1,s,s,3] uint8. Raises as `open_image`."""
+    """An image file, its short side resized to s = size (from 128 on: s · 256 / 224), and of
+    it the centre: [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
-    image, short = open_image(path), size if size < 128 else size * 256 // 224
-    h, w = (min(v, 4 * min(image.size)) for v in image.size[::-1])  # a long strip first
+    image, short = open_image(path), (size if size < 128 else size * 256 // 224)
+    h, w = (min(v, 4 * min(image.size)) for v in image.size[::-1])  # of a strip its middle
     image = T.resize(T.center_crop(image, [h, w]), short, antialias=True)
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
@@ -1177,9 +1182,9 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
-    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # only identified
+    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # it decodes none
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        new = seen.setdefault(os.path.realpath(at), at) == at  # links can go in circles
+        new = at == seen.setdefault(os.path.realpath(at), at)  # once each: links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
@@ -1220,13 +1225,13 @@ def check_set(images: Images, size: int, what: str) -> Images:
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
     if odd := sorted({*y.tolist()} ^ {*range(len(classes))})[:9]:
         raise ValueError(f"{what} needs all labels 0..{len(classes) - 1}; missing or beyond: {odd}")
-    images, g = images._replace(y=y.long()), torch.Generator().manual_seed(0)
-    in_order = (images.y.diff() >= 0).all()  # then the first N would not stand for them all
-    return images.take(torch.randperm(len(y), generator=g)) if in_order else images
+    images = images._replace(y=y.long())
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    return images if (images.y.diff() < 0).any() else images.take(order)  # so --n-train is fair
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
-    """ValueError if a share over `most` of a set is known, to the pixel; of fewer a remark."""
+    """Remark on images (no files) in `known` to the pixel; ValueError over a share `most`."""
     seen = {hash(x.tobytes()) for v in known if torch.is_tensor(v.x) for x in v.x.numpy()}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
@@ -1240,7 +1245,7 @@ def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0
 
 class Files(torch.utils.data.Dataset):
     """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
-    a batch [n,s,s,3], of each image a random crop and flip, or the error of `open_image`."""
+    a batch [n,s,s,3] of random crops and flips; or returns the error of `open_image`."""
 
     def __init__(self, files: Any, size: int):
         import numpy as np
@@ -1256,13 +1261,13 @@ class Files(torch.utils.data.Dataset):
 
         if not isinstance(index, list):
             return Files(self.files[torch.arange(len(self))[index].tolist()], self.shape[1])
-        crop = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
-        crops = []
+        steps = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
+        crop, crops = T.Compose(steps), []
         try:
             with torch.random.fork_rng(devices=[]):
                 for i, seed in index:
                     torch.default_generator.manual_seed(seed)
-                    crops.append(T.Compose(crop)(open_image(os.fsdecode(self.files[i]))))
+                    crops.append(crop(open_image(os.fsdecode(self.files[i]))))
         except (ValueError, OSError) as e:
             return e  # `batches` raises it; raised in a worker it would keep all workers alive
         return torch.stack(crops).permute(0, 2, 3, 1).contiguous()
@@ -1305,11 +1310,11 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 
 def published(name: str, root: str | Path, download: bool) -> Any:
-    """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. The
-    first process alone downloads, if asked, and checks md5. FileNotFoundError if not complete."""
+    """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. If
+    asked, the first process downloads, by md5; others wait. FileNotFoundError if incomplete."""
     from torchvision import datasets
 
-    (rank, ranks), parts = world(), ("test",) if name == "svhn" else (True, False)  # train=
+    (rank, ranks), parts = world(), (["test"] if name == "svhn" else [True, False])  # split, train
     download = download and rank == 0
     try:
         if rank > 0:  # until the first process has it
@@ -1370,15 +1375,9 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     return check_set(sets[0], size, f"{name}, train,"), check_set(sets[1], size, f"{name}, test,")
 
 
-def path_stem(name: str) -> str:
-    """The last part of a path, without the suffix of an array file; other dots stay; never long."""
-    stem = re.sub(r"\.np[yz]$", "", Path(name).resolve().name)
-    return stem if len(stem) < 200 else f"{stem[:99]}-{hashed(stem):x}"  # 100 ImageNet classes
-
-
 def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
-    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or in an
-    .npz the only uint8 [N,H,W,3], else that named "x" or after the split, or a ValueError."""
+    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or an .npz,
+    of which the only uint8 [N,H,W,3], or that named x or after `split`, or ValueError."""
     if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
@@ -1392,36 +1391,36 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         x = Images(Files(files, size + 2 * edge)).pixels(slice(None if path else 10_000))
         return Images(x[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
-    images = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
-    named = [k for k in images if len(images) == 1 or k == "x" or split in k]
+    fits = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
+    fits = fits if len(fits) == 1 else [k for k in fits if k == "x" or split in k]
     has = ", ".join(f"{k} {str(a.dtype)[6:]} {[*a.shape]}" for k, a in arrays.items()) or "nothing"
-    if len(named) != 1:
+    if len(fits) != 1:
         raise ValueError(f"{where} holds {has}: need a uint8 [N,H,W,3], one named x or {split}")
     if len(arrays) > 1:
-        remark(f"{where} holds {has}: {named[0]} is used")
-    return Images(arrays[named[0]])
+        remark(f"{where} holds {has}: {fits[0]} is used")
+    return Images(arrays[fits[0]])
 
 
 def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 32) -> Images:
     """Auxiliary outliers: "random300k", "synthetic", a path (see `unlabelled`), or the training
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, names = name.partition(":")
-    if kind == "imagenet":  # no more in order of class
+    if kind == "imagenet":  # shuffled by check_set
         return Images(check_set(load_imagenet("aux", Path(root, kind), names, size), size, name).x)
-    known = {"synthetic": "aux", "random300k": "random300k"}.get(name)
-    images = unlabelled(known or name, "" if known else name, root, download, size, "train")
+    path = "" if name in ("synthetic", "random300k") else name
+    images = unlabelled("aux" if name == "synthetic" else name, path, root, download, size, "train")
     return check_set(images, size, f"--aux {name}")
 
 
 def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
     """OOD test sets by name. A spec: one of PAPER_OOD, IMAGENET_OOD or _OOD, "synthetic" (all of
-    _OOD), or NAME=PATH. ValueError for a name given twice, or one that tables need."""
+    _OOD), or NAME=PATH. ValueError: no such set, or a name taken, also by tables."""
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, equals, path = item.partition("=")
         odd = not path or name in ("", "id", "mean") or "/" in name or not name.isprintable()
-        if name in sets or equals and odd:
-            raise ValueError(f"--ood {item}: the name {name!r} is taken or no set's, or no path")
+        if name in sets or (equals and odd):
+            raise ValueError(f"--ood {item}: the name {name!r} is taken or unfit, or has no path")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
         images = unlabelled(name, path, root, download, size, "test")
@@ -1462,13 +1461,13 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """POEM's outliers of the epoch, not by rank: the n nearest to a boundary drawn at random."""
-    # Regressed, by the current features, on the outliers of the last (four) epochs (target 3), and
-    # on the ID images (target -3), which count once for each of these epochs.
+    """POEM's outliers of the epoch, in order: the n nearest to a boundary drawn at random."""
+    # A regression on current features: of the outliers of the last four epochs (target 3) and of
+    # the ID images (target -3), these once for each such epoch. In the first epoch: the prior.
     buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
-    parts = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
-    for images, i, times, target in parts if len(buffer) else ():
+    sides = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
+    for images, i, times, target in sides if len(buffer) else ():
         z = embed_images(run, images, i)[0].double()
         gram += times * (z.mT @ z)
         zy += times * target * z.sum(0)
@@ -1491,7 +1490,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     if "prior" not in run.memory:
         classes = embed_images(run, run.aux_set)[1].argmax(1)
         run.memory["prior"] = torch.bincount(classes, minlength=K) / len(classes)
-    prior = run.memory["prior"].to(x_aux.device)  # and the authors' alpha, gamma for both CIFARs
+    prior = run.memory["prior"].to(x_aux.device)  # alpha, gamma: the authors', of either CIFAR
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
@@ -1499,7 +1498,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
-METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, prepare
+METHODS = {  # the fields of Method, in order
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
     "energy": Method(energy_loss),
     "greg": Method(energy_loss, gradient=energy_score),
@@ -1511,8 +1510,8 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "ntom": Method(absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, True),
     "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, True),
     "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
-    # What "correctly detected" is for OE's score the paper leaves open: here a probability of 1/2.
-    "oe+grad": Method(oe_loss, Sampler(2), msp, "msp", lambda_s=0.5, margins=(-0.5, -0.5)),
+    # When OE's score is "correctly detected" the paper leaves open: here at max softmax 1/2.
+    "oe+grad": Method(oe_loss, Sampler(2), msp, score="msp", lambda_s=0.5, margins=(-0.5, -0.5)),
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
@@ -1536,7 +1535,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """All options of a run. `resolve` fills a None in, from the data, the method or its recipe."""
+    """The options of a run. `resolve` fills in each None, from what the help has in brackets."""
 
     method: str = option("greg", "training method", choices=METHODS)
     id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], a path")
@@ -1550,8 +1549,8 @@ class Config:
     schedule: str = option(None, "cosine, or shares of the run after which lr falls (recipe)")
     batch: int = option(None, "ID images a step = clusters k (recipe)")
     wd: float = option(None, "weight decay (recipe)")
-    candidates: int = option(6, "auxiliary candidates for each ID image when sampling, at least")
-    aux_epoch: int = option(600_000, "auxiliary images an epoch when sampling, all if fewer")
+    candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
+    aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
     n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
@@ -1576,165 +1575,6 @@ def fine_tunes(method: str, id_data: str) -> bool:
     """Whether a method starts from a pre-trained network: on ImageNet all but ce (Section 6.1)."""
     imagenet = id_data.partition(":")[0] == "imagenet"
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
-
-
-def with_whole_paths(c: Config) -> Config:
-    """`c` with one spelling of each path that exists: a run is the same from every folder."""
-    paths = {k: one_spelling(str(getattr(c, k)), True) for k in ("id", "aux", "init", "root")}
-    return replace(c, ood=tuple(one_spelling(v, True) if "=" in v else v for v in c.ood), **paths)
-
-
-def resolve(c: Config, theirs: str | None = None) -> Config:
-    """`c` with each None filled in from its data, method and recipe; ValueError for what cannot be.
-    `theirs`: the normalisation of the run that goes on; None: read that of the start, --init."""
-    plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # for torch.load
-    c = with_whole_paths(replace(c, **plain))
-    for f in fields(Config):
-        if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", (value,))):
-            raise ValueError(f"--{f.name} {value} is none of {', '.join(filter(None, known))}")
-    method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
-    init = init or "torchvision" * ((kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"))
-    tunes, per_id = fine_tunes(c.method, c.id), method.sampler.per_id  # 0: no auxiliary data
-    # "ce" from a start on ImageNet gives it a new head, by the short recipe.
-    fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
-    fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
-    fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
-    own = "" if (kind, c.aux) == ("imagenet", "imagenet") else c.aux  # then the rest of --id's
-    usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    if not theirs and init not in ("", "torchvision"):
-        theirs = stored(init).get("config", {}).get("stats")
-    stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
-    c = replace(c, init=init, stats=stats, aux=(own or usual) if per_id else "", **fill)
-    learning_rate(c, 0)  # raises for a bad --schedule
-    positive = "epochs lr batch size candidates grad_every".split()
-    numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
-    low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
-    known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
-    no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
-    # Auxiliary images are of the ID set only where they are ImageNet's other classes, or drawn.
-    same = one_spelling(c.aux) == one_spelling(c.id)
-    imagenet = kind == c.aux.partition(":")[0] == "imagenet"
-    for wrong, text in (
-        (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
-        (theirs not in (None, stats), f"--stats {stats}: the run, or its start, has {theirs}"),
-        (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
-        (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
-        (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
-        (same != imagenet and kind != "synthetic", f"--aux {c.aux} has images of --id: omit --aux"),
-        (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
-        (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
-    ):
-        if wrong:
-            raise ValueError(text)
-    return c
-
-
-def learning_rate(c: Config, t: float | Fraction) -> float:
-    """Learning rate at the share t in [0, 1) of the run: cosine to 0, or a tenth at each share."""
-    if c.schedule == "cosine":
-        return c.lr * (1 + math.cos(math.pi * t)) / 2
-    shares = [0]
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        shares = [Fraction(share) for share in c.schedule.split(",")]
-    if not all(0 < share < 1 for share in shares):
-        raise ValueError(f'--schedule is "cosine" or shares as "0.5,3/4", not {c.schedule}')
-    return c.lr * 0.1 ** sum(t >= share for share in shares)
-
-
-def hashed(*key: object) -> int:
-    """A seed that is a function of `key` alone."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
-
-
-def rng(device: torch.device | str, *key: object) -> torch.Generator:
-    """A generator that is a function of `key` alone: no generator's state need be saved."""
-    return torch.Generator(device).manual_seed(hashed(*key))
-
-
-# ---- What a run leaves in its folder.
-def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
-    """Write a file, by the first process alone, never half; the old one may stay, as `keep`."""
-    if world()[0] > 0:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    try:
-        encoded = content.encode(errors="replace") if isinstance(content, str) else content
-        temporary.write_bytes(encoded)
-        if keep and path.exists():
-            shutil.copyfile(path, path.with_name(keep))
-        os.replace(temporary, path)
-    except OSError as e:
-        raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_tensors(path: str | Path) -> Any:
-    """What torch.save wrote to a file (of a folder: checkpoint.pt), without running code in it."""
-    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
-    content = path.read_bytes()
-    try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as e:
-        other = re.search(r"GLOBAL ([\w.]+)", str(e))
-        what = "is no file of torch.save, or a damaged one" if content else "is empty"
-        what = f"has an object of {other[1]}: save its state dict alone" if other else what
-        raise ValueError(f"{path} {what}; it starts with {content[:9]!r}") from None
-
-
-def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Module:
-    """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
-
-    By name, below any prefix or beside other submodules, else by position: code bases name the same
-    layers differently but list them in forward order. The last part of a name and the shape must
-    agree. ValueError for what does not fit, OSError without the file."""
-    state = state or read_tensors(path)  # the caller's, if it has read the file already
-    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    ours, theirs = (  # but for batch norm's counters, which old files lack
-        {
-            k: v
-            for k, v in d.items()
-            if torch.is_tensor(v) and not str(k).endswith("batches_tracked")
-        }
-        for d in (net.state_dict(), state if isinstance(state, dict) else {})
-    )
-    # Take all of the file, the top-level parts that we have too, or one part: what has our count.
-    part = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
-    choices = {part[k] for k in theirs}, {part[k] for k in ours}, *({part[k]} for k in theirs)
-    fits = {tuple(k for k in theirs if part[k] in parts) for parts in choices}  # without repeats
-    fits = [keys for keys in fits if len(keys) == len(ours)]
-    if len(fits) != 1:
-        keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
-        has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
-        fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
-        raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
-    pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
-    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
-        pairs = dict(zip(ours, fits[0], strict=True))
-    for own, its in pairs.items():
-        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
-            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
-            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
-        if not theirs[its].isfinite().all():
-            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
-    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)
-    return net
-
-
-def stored(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's folder or file; {} of other files of tensors."""
-    state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
-    return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
-
-
-def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
-    """The configuration of a run, to `run` or to show; it may be older than some of the options."""
-    known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
-        row = f"{known.get('arch')} or {known.get('method')}"
-        raise ValueError(f"ARCHS or METHODS lack {row}: go on by the script that adds it")
-    return Config(**known)
 
 
 def name_and_path(spec: Any) -> Sequence[str]:
@@ -1763,8 +1603,163 @@ def same_path(old: Any, new: Any) -> bool:
     return alike or bool(moved)
 
 
+def with_whole_paths(c: Config) -> Config:
+    """`c` with absolute paths, where they exist: it is the same run from every folder."""
+    paths = {k: one_spelling(str(getattr(c, k)), True) for k in ("id", "aux", "init", "root")}
+    return replace(c, ood=tuple(one_spelling(v, True) if "=" in v else v for v in c.ood), **paths)
+
+
+def resolve(c: Config, theirs: str | None = None) -> Config:
+    """`c` with each None filled in from its data, method and recipe; ValueError for bad options.
+    `theirs`: the normalisation that the weights had so far; if None, --init's is read."""
+    plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # NumPy scalars
+    c = with_whole_paths(replace(c, **plain))
+    method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
+    if not init and (kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"):
+        init = "torchvision"
+    tunes, per_id = fine_tunes(c.method, c.id), method.sampler.per_id  # 0: no auxiliary data
+    # "ce" from a start on ImageNet gives it a new head, by the short recipe.
+    fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
+    fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
+    fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
+    usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
+    aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # the classes --id leaves out
+    if not theirs and init not in ("", "torchvision"):
+        theirs = stored(init).get("config", {}).get("stats")
+    stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
+    c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
+    learning_rate(c, 0)  # raises for a bad --schedule
+    positive = "epochs lr batch size candidates grad_every".split()
+    numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
+    low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
+    known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
+    no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
+    others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # may have --id's
+    for wrong, text in (
+        (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
+        (theirs not in (None, stats), f"--stats {stats}: the run, or its start, has {theirs}"),
+        (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
+        (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
+        (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
+        (others, f"--aux {c.aux} has images of --id: omit --aux"),
+        (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
+        (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
+    ):
+        if wrong:
+            raise ValueError(text)
+    return c
+
+
+def learning_rate(c: Config, t: float | Fraction) -> float:
+    """Learning rate at the share t in [0, 1) of the run: cosine to 0, or / 10 at each share."""
+    if c.schedule == "cosine":
+        return c.lr * (1 + math.cos(math.pi * t)) / 2
+    shares = [0]  # refused below, and what this stays for: text that holds no fractions
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        shares = [Fraction(share) for share in c.schedule.split(",")]
+    if not all(0 < share < 1 for share in shares):
+        raise ValueError(f'--schedule is "cosine" or shares as "0.5,3/4", not {c.schedule}')
+    return c.lr * 0.1 ** sum(t >= share for share in shares)
+
+
+def hashed(*key: object) -> int:
+    """A seed that is a function of `key` alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+
+
+def rng(device: torch.device | str, *key: object) -> torch.Generator:
+    """A generator that is a function of `key` alone: no generator's state need be saved."""
+    return torch.Generator(device).manual_seed(hashed(*key))
+
+
+# ---- What a run leaves in its folder.
+def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
+    """The first process writes a file, whole or not at all; `keep`: a name for the old one."""
+    if world()[0] > 0:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        encoded = content.encode(errors="replace") if isinstance(content, str) else content
+        temporary.write_bytes(encoded)
+        if keep and path.exists():
+            shutil.copyfile(path, old := temporary.with_suffix(".old"))
+            os.replace(old, path.with_name(keep))
+        os.replace(temporary, path)
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
+    finally:
+        for left in temporary, temporary.with_suffix(".old"):
+            left.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path) -> Any:
+    """What torch.save wrote to a file (of a folder: checkpoint.pt), without running code in it."""
+    path = Path(path, "checkpoint.pt") if Path(path).is_dir() else Path(path)
+    content = path.read_bytes()
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as e:
+        other = re.search(r"GLOBAL ([\w.]+)", str(e))
+        what = "is no file of torch.save, or a damaged one" if content else "is empty"
+        what = f"has an object of {other[1]}: save its state dict alone" if other else what
+        raise ValueError(f"{path} {what}; it starts with {content[:9]!r}") from None
+
+
+def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Module:
+    """Load a checkpoint of ours or of the field's public ones into `net`; every weight or an error.
+
+    By name, below any prefix or beside other submodules, else by position: code bases name the same
+    layers differently but list them in forward order. The last part of a name and the shape must
+    agree. ValueError for what does not fit, OSError without the file."""
+    state = state or read_tensors(path)  # the caller's, if it has read the file already
+    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
+        state = state.get(key, state) if isinstance(state, dict) else state
+
+    def weights(d):  # but for batch norm's counters, which old files lack
+        pairs = d.items() if isinstance(d, dict) else ()
+        return {str(k): v for k, v in pairs if torch.is_tensor(v) and "_tracked" not in str(k)}
+
+    ours, theirs = weights(net.state_dict()), weights(state)
+    # Of the file take all, or the top-level parts that we have too, or one: what has our count.
+    top = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
+    choices = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
+    fits = {tuple(k for k in theirs if top[k] in parts) for parts in choices}  # without repeats
+    fits = [keys for keys in fits if len(keys) == len(ours)]
+    if len(fits) != 1:
+        keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
+        has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
+        fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
+        raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
+    pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
+    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
+        pairs = dict(zip(ours, fits[0], strict=True))
+    for own, its in pairs.items():
+        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
+            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
+            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
+        if not theirs[its].isfinite().all():
+            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
+    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)  # counters
+    return net
+
+
+def stored(path: str | Path) -> dict[str, Any]:
+    """The checkpoint of a run's folder or file; {} of other files of tensors."""
+    state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
+    return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
+
+
+def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
+    """A run's configuration, to `run` or just to show; options it lacks have their defaults."""
+    known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
+    if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
+        row = f"{known.get('arch')} or {known.get('method')}"
+        raise ValueError(f"ARCHS or METHODS lack {row}: go on by the script that adds it")
+    return Config(**known)
+
+
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
-    """ValueError that names what differs, if a folder's run is not of this configuration."""
+    """ValueError naming what differs from the folder's run; 1 is 1.0, a path any spelling of it."""
     theirs, free = asdict(saved_config(saved)), {*FREE, *(("m_in", "m_aux") if c.margins else ())}
     pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
     if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if not same_path(a, b)]:
@@ -1777,8 +1772,6 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, wher
     if old != new:
         gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
         raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
-    if saved and "gamma" not in saved:
-        remark(f"{where} is not finished: its weights so far are used")
     if (trained := saved.get("size", size)) != size:
         remark(f"warning: {where} was trained on images of {trained}×{trained}, not {size}")
 
@@ -1789,13 +1782,15 @@ def interrupts(run: Run) -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         run.stopped_by = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # schedulers send the others twice
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not SIGTERM: it may come twice
 
     with contextlib.ExitStack() as before:
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, embedded
-                before.callback(signal.signal, number, signal.signal(number, stop))
+                before.callback(signal.signal, number, signal.signal(number, stop))  # the old one
         yield
+    if run.stopped_by:  # after the last step, which is saved
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -1818,27 +1813,29 @@ def alone(folder: Path) -> Iterator[None]:
 # ---- The network.
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
-    """A configuration's starting network; what --init lacks (a head, output K+1) by its seed."""
+    """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
     K = len(classes)
     torch.manual_seed(c.seed)
     outputs = K + METHODS[c.method].extra_class
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
-        raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs, biased")
+        raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs + bias")
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS[c.arch](1000), weights).features
     elif c.init:
         saved = stored(c.init)
         check_classes(saved, classes, size, c.init)
-        start = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
-        net.features.load_state_dict(start.features.state_dict())
-        net.fc.weight.data[:K], net.fc.bias.data[:K] = start.fc.weight.data, start.fc.bias.data
+        if saved and "gamma" not in saved:
+            remark(f"warning: {c.init} is not finished: its weights so far are used")
+        given = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
+        net.features = given.features
+        net.fc.weight.data[:K], net.fc.bias.data[:K] = given.fc.weight.data, given.fc.bias.data
     return net
 
 
 def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None) -> int:
-    """How many of x at once: few enough for a CPU's cache, or enough to hide a GPU's launches."""
+    """How many of x at once: what a CPU's cache holds, or enough to keep a GPU busy."""
     cpu = (device or x.device).type == "cpu"
     return max(1, 32 * 32 * 32 * 3 // math.prod(x.shape[1:])) if cpu else gpu
 
@@ -1850,12 +1847,19 @@ def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]
     return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
 
 
+def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
+    """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in the space of x."""
+    with eval_mode(net), torch.autocast(x.device.type, enabled=False):
+        x = x.detach().requires_grad_()
+        return gradient_norm(energy_score(net(x)), x).detach()
+
+
 def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Features and logits of images i (all), without augmentation, in the CPU's memory."""
-    parts = bar((torch.arange(len(images.x)) if i is None else i).split(512), "mining")
-    out = (embed(run.net, to_input(run, images.pixels(i)), run.config.amp) for i in parts)
-    z, f = zip(*((z.cpu(), f.cpu()) for z, f in out), strict=True)
-    return torch.cat(z), torch.cat(f)
+    i = torch.arange(len(images.x)) if i is None else i
+    inputs = (to_input(run, images.pixels(part)) for part in bar(i.split(512), "embed"))
+    pairs = [[v.cpu() for v in embed(run.net, x, run.config.amp)] for x in inputs]
+    return tuple(torch.cat(v) for v in zip(*pairs, strict=True))
 
 
 # ---- The loop.
@@ -1886,17 +1890,17 @@ class Run:
 
 
 def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Images | None) -> Run:
-    """A new run, or the one in the folder where it stands; ValueError for another one there."""
+    """A new run, or the folder's at the step where it stopped; ValueError if it is another."""
     ranks, need = world()[1], METHODS[c.method].sampler.per_id * c.batch
     if c.batch % ranks or len(ids.x) < c.batch or (aux and len(aux.x) < need):
-        n = f"{len(ids.x)} ID and {len(aux.x) if aux else 0} auxiliary images, {ranks} processes"
-        raise ValueError(f"{n} give no step of {c.batch} and {need}: choose another --batch")
+        has = f"{len(ids.x)} ID and {len(aux.x) if aux else 0} auxiliary images, {ranks} processes"
+        raise ValueError(f"{has} give no equal shares of {c.batch} and {need}: another --batch?")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # start may be gone
+    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # then no --init
     net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
-    for m in net.modules():
-        if c.sync_bn and ranks > 1 and isinstance(m, nn.modules.batchnorm._BatchNorm):
+    for m in net.modules() if c.sync_bn and ranks > 1 else ():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if type(m) is not nn.BatchNorm2d or None in (m.bias, m.momentum, m.running_var):
                 raise ValueError(f"--sync-bn is for plain nn.BatchNorm2d, not {m}: leave it out")
             m.__class__ = SyncBatchNorm2d
@@ -1915,13 +1919,12 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         sgd.load_state_dict(state["optimizer"])
         sums += state["sums"].to(device)
         run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux")})
-        kept = {"epoch", "step", "memory", "rows"} & {*state}  # old runs have no rows
-        return replace(run, **{k: state[k] for k in kept})
+        return replace(run, **{k: state[k] for k in ("epoch", "step", "memory", "rows")})
     row = log(run, {"epoch": 0})
     if c.margins and aux and not METHODS[c.method].margins:
         # The start's means (the energy authors' advice); m_aux >= m_in + 0.72 |m_in|, as -7 to -25.
-        m_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
-        m_in, m_aux = round(m_in, 2), round(max(s_aux, m_in + 0.72 * abs(m_in) + 0.01), 2)
+        s_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
+        m_in, m_aux = round(s_in, 2), round(max(s_aux, s_in + 0.72 * abs(s_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
         remark(f"{folder}: --m-in {m_in} --m-aux {m_aux}")
         log(run, {"epoch": 0})  # once more, with these
@@ -1941,7 +1944,7 @@ def save(run: Run, **more: Any) -> None:
     state |= {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")}
     state |= {"config": asdict(run.config), "classes": list(ids.classes), "size": ids.x.shape[1]}
     state |= {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
-    content = io.BytesIO()  # torch.save to a full disk would raise no OSError
+    content = io.BytesIO()  # torch.save raises RuntimeError on a full disk
     torch.save(state, content)
     write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
@@ -1964,8 +1967,8 @@ def _leave_signals(worker):
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
-    function of (seed, epoch, step, rank), which workers and stops do not change. The epoch's images
-    (if a sampler picks, aux_epoch) are cut into m = steps · processes parts, one each."""
+    function of (seed, epoch, step, rank), whatever workers and stops. The epoch's images (if a
+    sampler picks, aux_epoch) are cut into m parts: step t of process r takes part t · ranks + r."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
@@ -1975,10 +1978,10 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):
-            keys = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
-            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}  # a key: a batch
-            stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=keys, **more)
+        if isinstance(images.x, Files):  # the loader draws whole batches, as lists (index, seed)
+            lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
+            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
+            stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
@@ -1987,17 +1990,17 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
-    streams = [(ids.y[at].to(run.device) for at in cut(order, n)), crops("in", ids, order, n)]
+    streams = [crops("in", ids, order, n), (ids.y[at].to(run.device) for at in cut(order, n))]
     if aux:
         n_aux, order = n * sampler.per_id, torch.randperm(len(aux.x), generator=g)
-        if sampler.pool and not run.step:  # it depends on the network at the epoch's start
+        if sampler.pool and not run.step:  # by the network at the epoch's start; then it is kept
             run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
         order = run.memory.get("pool", order)
         if sampler.pick:
             n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)
         streams.append(crops("aux", aux, order, n_aux))
-    for y_in, x_in, *x_aux in zip(*streams, strict=True):
-        yield x_in, y_in, x_aux[0] if aux else x_in[:0]
+    for x_in, y_in, *x_aux in zip(*streams, strict=True):
+        yield x_in, y_in, *(x_aux or [x_in[:0]])
 
 
 def train_epoch(run: Run) -> None:
@@ -2017,10 +2020,10 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        lambda_grad /= ranks if c.reduction == "released" else 1  # / N with the N of all ranks
+        lambda_grad /= ranks if c.reduction == "released" else 1  # DDP has 1 / (N / ranks)
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
 
-        def differentiate(x_in, y_in, x_aux, options=options):
+        def differentiate(x_in, y_in, x_aux, options=options):  # last ones of greg_loss, in order
             run.net.train()
             with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
                 out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
@@ -2029,10 +2032,10 @@ def train_epoch(run: Run) -> None:
             return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
 
         if c.cuda_graph and not context:  # a context is new at each step
-            differentiate = graph = graph or Graphed(differentiate)
+            graph = graph or Graphed(differentiate)  # of the first step: options do not change
         elif c.cuda_graph and not t:
             remark(f"{c.method} takes plain steps: its loss is given something new at each")
-        out = differentiate(x_in, y_in, x_aux)
+        out = (graph or differentiate)(x_in, y_in, x_aux)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()
         n, K = len(y_in), len(run.train_set.classes)
@@ -2043,19 +2046,19 @@ def train_epoch(run: Run) -> None:
         for statistic in filter(torch.is_floating_point, run.net.buffers()):
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # ranks look together
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks must look, or none
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
 
 
 def look(run: Run, progress: Any) -> dict[str, float]:
-    """Check, show and return the mean TERMS of the epoch so far; save and stop where it is time."""
+    """Check, show and return the mean TERMS of the epoch so far; save if due, stop if asked to."""
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
-    if bad := [name for name, v in means.items() if not math.isfinite(v)]:
+    if bad := [k for k in (*TERMS[1:], "loss") if not math.isfinite(means[k])]:  # the sum last
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
         why = "--lr or --lambda-grad is too large, or --stats not the start's"
-        raise FloatingPointError(f"the {(bad[1:] or bad)[0]} term is {where}: {why}")  # not the sum
+        raise FloatingPointError(f"the {bad[0]} term is {where}: {why}")
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
     stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()
@@ -2086,7 +2089,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
-    """Add what Figure 3 shows, of 256 fixed images in eval mode, to the row; log the row."""
+    """Add to `row` what Figure 3 shows of the first 256 images, in eval mode; log `row`."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, images.pixels(slice(256)))
@@ -2099,26 +2102,19 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
             row["probe_accuracy"] = hit.float().mean().item()
     if run.aux_set:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
-    if not all(map(math.isfinite, row.values())):  # `look` saw no loss of the last step's weights
+    if not all(map(math.isfinite, row.values())):  # `look` saw the loss before the last update
         raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
     run.rows = [*(r for r in run.rows if r["epoch"] < row["epoch"]), row]
     write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run.rows))
     return row
 
 
-def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
-    """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in the space of x."""
-    with eval_mode(net), torch.autocast(x.device.type, enabled=False):
-        x = x.detach().requires_grad_()
-        return gradient_norm(energy_score(net(x)), x).detach()
-
-
 # ---- The same step, faster, and over several processes: none of it is in the paper.
 class FastDoubleBackward(TorchFunctionMode):
-    """Take the loss inside `with FastDoubleBackward():` to have it faster, equal up to rounding:
-    PyTorch's double backward of batch norm is many passes, of convolution has one with kernels as
-    large as the image, of ReLU and concatenation adds up zeros. Inside, create_graph=True gives the
-    gradient at images alone; outside, it is a RuntimeError."""
+    """`with FastDoubleBackward(): loss = ...` is faster, equal up to rounding: PyTorch's own double
+    backward makes many passes for batch norm, convolves with kernels as large as the image, and
+    adds up zeros for ReLU and concatenation. Inside, create_graph=True differentiates at images
+    alone, not at weights; after it, that is a RuntimeError."""
 
     over = False
 
@@ -2128,7 +2124,7 @@ class FastDoubleBackward(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         table = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat, F.relu: _relu}
-        rules = func in table and table[func](*args, **kwargs or {})  # what `_Fast` is told
+        rules = func in table and table[func](*args, **kwargs or {})  # falsy: leave it to PyTorch
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
@@ -2139,7 +2135,7 @@ class _Fast(torch.autograd.Function):
     def forward(ctx, mode, kept, forward, backward, *inputs):
         y, *more = forward(*inputs)
         ctx.save_for_backward(*inputs[:kept], *more)
-        ctx.mode, ctx.rule, mode.over = mode, backward, False
+        ctx.mode, ctx.rule, mode.over = mode, backward, False  # a mode may be entered again
         return y
 
     @staticmethod
@@ -2152,7 +2148,7 @@ class _Fast(torch.autograd.Function):
 
 def _relu(x, inplace=False):
     at_x = lambda _, g, y: [torch.ops.aten.threshold_backward(g, y.detach(), 0)]  # noqa: E731
-    return not inplace and (0, lambda x: [y := x.relu(), y], at_x, x)
+    return not inplace and (0, lambda x: [x.relu()] * 2, at_x, x)  # y, and y to be saved
 
 
 def _cat(tensors, dim=0, **other):
@@ -2170,8 +2166,8 @@ def _conv2d(x, weight, bias=None, *options, **other):
             more = None, *options[:3], False, (0, 0), groups, (True, True, False)
             return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
         sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
-        rest = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
-        return F.conv_transpose2d(g, weight, None, stride, padding, rest, groups, dilation), None
+        out_pad = [n + 2 * p - d * (k - 1) - 1 - s * (m - 1) for n, m, k, s, p, d in sizes]
+        return F.conv_transpose2d(g, weight, None, stride, padding, out_pad, groups, dilation), None
 
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
@@ -2186,7 +2182,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
     def backward(taking, *saved):
         if not taking:
             return _batch_norm_backward(*saved)
-        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # as in `average`
+        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # keeps all inputs
         return _Fast.apply(*rule, *saved), None, None  # at x alone
 
     return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
@@ -2206,8 +2202,8 @@ def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
     arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x."""
     at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
     m, one, k = x.numel() // len(w), torch.ones_like(r), -w * r * r
-    vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g
-    a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))
+    vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g, its x̂ being (g - 0) · 1
+    a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))  # a, b came as sums too
     q = vg - a * d - b * c
     slope = (q - 2 * b * c) * r
     shift = -(c * a + b * d + slope * mean)
@@ -2225,7 +2221,7 @@ class Graphed:
 
     def __call__(self, *x: Tensor) -> Any:
         self.calls += 1
-        if self.calls < 4:  # libraries set themselves up, which no graph may hold
+        if self.calls < 4:  # plain calls, in which libraries set themselves up
             return self.f(*x)
         if self.calls == 4:  # this runs nothing yet
             self.x, self.graph = [t.clone() for t in x], torch.cuda.CUDAGraph()
@@ -2272,8 +2268,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 def evaluate(
     net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Section 6: ID accuracy, and of each score γ and the metrics on each OOD set, and their mean;
-    the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And the raw scores, by "score/set"."""
+    """Results (Section 6): ID accuracy; by score γ, and the metrics on each OOD set and their mean;
+    the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And raw scores, by "score/set"."""
     (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
     fit, device = Fit(post_hoc(c.id, c.arch, K), std), net.fc.weight.device
 
@@ -2303,10 +2299,10 @@ def evaluate(
     for sets in metrics.values():
         sets["mean"] = {k: statistics.fmean(m[k] for m in sets.values()) for k in keys}
     code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     results = {"config": asdict(c), "score": METHODS[c.method].score, "accuracy": accuracy}
     results |= {"gamma": {n: threshold(raw[f"{n}/id"]) for n in names}, "metrics": metrics}
-    results |= {"gradient_norm": norms, "device": name, "processes": world()[1], "argv": sys.argv}
+    results |= {"gradient_norm": norms, "device": card, "processes": world()[1], "argv": sys.argv}
     results |= {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
     return results, raw
 
@@ -2317,7 +2313,7 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
         ood = load_ood(c.ood or own, c.root, c.download, train_set.x.shape[1])
-        keep_apart("ID", (train_set, test_set), ood, 1.0)
+        keep_apart("ID", (train_set, test_set), ood, 1.0)  # 1: a remark, never an error
     return train_set.take(slice(c.n_train or None)), test_set, ood
 
 
@@ -2325,7 +2321,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     done, file = read_results(folder), folder / "checkpoint.pt"
-    begun = done or (stored(file) if file.exists() else {})  # its start may be gone
+    begun = done or (stored(file) if file.exists() else {})  # --init may be gone
     c = resolve(config, begun.get("config", {}).get("stats"))
     if done:
         check_same(c, done["config"], folder)
@@ -2393,6 +2389,7 @@ def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
     return net.to(device, memory_format=layout).eval(), config, state
 
 
+# ---- Certificates of a run.
 def certify_report(
     net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor], epsilons=(0.05, 0.1, 0.25, 0.5),
     sigma=0.1, n=500, alpha=0.001, local=True, gamma: float | None = None,
@@ -2400,8 +2397,9 @@ def certify_report(
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
-    an error without a local one); "smoothed" (n > 0): the detector of medians under noise with its
-    own threshold, probability 1-alpha, AUROC at ε = 0; "id_rejected": ID attacked over gamma."""
+    an error without a local one); "smoothed" (n > 0): the detector of medians under noise, by
+    probability 1-alpha, AUROC at ε = 0. FPR95 is at the threshold of x_in; "id_rejected": ID
+    images attacked over gamma."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
@@ -2414,7 +2412,7 @@ def certify_report(
     def over(f, x, *args):
         return torch.cat([f(part, *args) for part in bar(x.split(chunk(x)), f.__name__)])
 
-    def attacked(x, eps, side=-math.inf):
+    def attacked(x, eps, side=-math.inf):  # γ = -inf lowers S, as OOD images need; +inf raises it
         return attack(net, x, side, eps, clamp=(0.0, 1.0), generator=g).s
 
     def certified(x, eps):
@@ -2424,7 +2422,7 @@ def certify_report(
     def smoothed(x):
         return noisy_scores(score, x, sigma, n, g)
 
-    def metrics(s, s_in):
+    def metrics(s_in, s):
         return {"fpr95": fpr_at_tpr(s_in, s), "auroc": auroc(s_in, s)}
 
     kinds = {"attacked": attacked}
@@ -2433,26 +2431,39 @@ def certify_report(
         kinds["certified"] = certified
     if local and lipschitz is not None:
         over(certified, x_in[:1], 0.0)  # raises for layers that only the global bound knows
-    s_in, smooth_in = over(score, x_in), over(smoothed, x_in).median(1).values if n else None
+    s_in, smooth_in = over(score, x_in), (over(smoothed, x_in).median(1).values if n else None)
     gamma = threshold(s_in) if gamma is None else gamma
     raised = {eps: over(attacked, x_in, eps, math.inf) for eps in epsilons}
     report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n, "sets": {}}
     report["id_rejected"] = {e: (s > gamma).double().mean().item() for e, s in raised.items()}
     for name, x in x_out.items():
-        rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(over(score, x), s_in))}
-        rows |= {e: {k: metrics(over(f, x, e), s_in) for k, f in kinds.items()} for e in epsilons}
+        rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(s_in, over(score, x)))}
+        rows |= {e: {k: metrics(s_in, over(f, x, e)) for k, f in kinds.items()} for e in epsilons}
         if n:
             draws = over(smoothed, x)
-            rows[0.0]["smoothed"] = metrics(draws.median(1).values, smooth_in)
+            rows[0.0]["smoothed"] = metrics(smooth_in, draws.median(1).values)
             radius = smoothed_radius(draws, threshold(smooth_in), sigma, alpha)
             for eps in epsilons:
                 rows[eps]["smoothed"] = {"fpr95": (radius <= eps).double().mean().item()}
     return report
 
 
+def certify_run(folder: Any, device: Any, first: int, given: dict, **options: Any) -> dict:
+    """`certify_report` of a run on the `first` images of each set; `given`: other data options."""
+    net, c, state = load_run(folder, device)
+    if state["score"] != "energy" or METHODS[c.method].extra_class:
+        raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
+    _, test_set, ood = load_sets(replace(c, **given))
+    check_classes(state, test_set.classes, test_set.x.shape[1], folder)
+    model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
+    sets, part = {"id": test_set, **ood}.items(), slice(max(first, 0))
+    x = {name: normalise(v.pixels(part).to(device), (0,), (1,)) for name, v in sets}  # x / 255
+    return certify_report(model, x.pop("id"), x, gamma=state["gamma"], **options)
+
+
 # ---- Tables.
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
-    """A table: Markdown, or (no `file`) in a terminal padded, wrapped, constant columns on top."""
+    """A table in Markdown; for a terminal (no `file`) padded, wrapped, constant columns on top."""
     if file or not (sys.stdout and sys.stdout.isatty()):
         rows = header, ["---"] * len(header), *rows
         cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
@@ -2475,8 +2486,8 @@ def mean_std(values: Sequence[float]) -> str:
 
 
 def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
-    """A table for each ID data and choice of OOD sets, a row a method, or set of its options. Runs
-    that differ in seed alone (and what follows from it) are one row, the last of each seed."""
+    """A table for each ID data and choice of OOD sets, a row a method with its options. Runs that
+    differ by seed alone (and what follows) share a row; of one seed the last counts."""
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
         c = saved_config(r["config"], run=False)
@@ -2494,8 +2505,8 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
         lines = []
         for (name, c), seeds in rows.items():
             others = [vars(o) for n, o in rows if n == name]
-            odd = {k: v for k, v in vars(c).items() if any(o[k] != v for o in others)}
-            label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in odd.items())]
+            own = {k: v for k, v in vars(c).items() if any(o[k] != v for o in others)}
+            label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in own.items())]
             by_cell = zip(*seeds.values(), strict=True)  # each cell's figures, seed by seed
             cells = (" / ".join(map(mean_std, zip(*cell, strict=True))) for cell in by_cell)
             lines.append([", ".join(label), c.arch, path_stem(c.aux or "none"), len(seeds), *cells])
@@ -2547,13 +2558,14 @@ _TABLES = [re.split(r"[|\n]", text) for text in re.split(r"\n(?=\d)", _PAPER.str
 PAPER = {int(head.split()[0]): [row.split() for row in rows] for head, *rows in _TABLES}
 _HEADS = ([words.split(",") for words in head.split()] for head, *_ in _TABLES)
 COLUMNS = {int(number): [*itertools.product(*words)] for (number,), *words in _HEADS}
+SEEDS = [0, 1, 2]  # where --seeds names none
 
 
 def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file=True) -> str:
-    """Table `number` as text: ours, mean ± std over seeds, (the paper's); what ours was made on."""
+    """Table `number`: ours, mean ± std over seeds (the paper's); below, what ours was made on."""
     data = one_spelling(id_data)  # by which runs are found
     columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
-    columns, rows, notes, found = [*dict.fromkeys(columns)], [], set(), {}
+    columns, rows, notes, found = [*dict.fromkeys(columns)], [], set(), {}  # fromkeys: no repeats
 
     def ood_sets(r):  # names, and of NAME=PATH the file's
         files = {k: f" ({Path(v).name})" for k, v in map(name_and_path, r["config"]["ood"]) if k}
@@ -2572,7 +2584,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
         for *wanted, key, metric in columns:
             runs, theirs = found.get((*wanted, method), ()), paper.get((*wanted, key, metric))
-            cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)
+            cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)  # Table 6: "ID"
             values = [v[key][metric] for v in cells if key in v]
             ours = mean_std(values) if values else "not run"
             row.append(f"{ours} ({theirs})" if theirs else ours)
@@ -2580,6 +2592,23 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
     text = f"Ours in %, mean ± std over seeds (the paper's Table {number}).\n"
     return f"{shown(header, rows, file)}\n{text}{''.join(sorted(notes))}"
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of Config among the arguments that were given."""
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+def path_stem(name: str) -> str:
+    """The last part of a path, less a final .npy or .npz; if long, its beginning and a hash."""
+    stem = re.sub(r"\.np[yz]$", "", Path(name).resolve().name)
+    return stem if len(stem) < 200 else f"{stem[:99]}-{hashed(stem):x}"  # imagenet:A,B,C,...
+
+
+def run_folder(runs: Path, c: Config) -> Path:
+    """runs/ID/network/method/seedN, -released after a method with Eq. (3) at that scale."""
+    released = "-released" if c.reduction == "released" and METHODS[c.method].gradient else ""
+    return runs / path_stem(c.id) / c.arch / f"{c.method}{released}" / f"seed{c.seed}"
 
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
@@ -2642,7 +2671,7 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
         if not (results := read_results(folder)):
             raise FileNotFoundError(f"{folder} holds no finished run: no results.json")
         arrays = read_arrays(folder / "scores.npz")
-        score = min(results["metrics"], key=lambda k: k != results["score"])  # its own if there
+        score = next(k for k in (results["score"], *results["metrics"]) if k in results["metrics"])
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
         panel.hist([*sets.values()], 80, density=True, label=[*sets], histtype="step")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
@@ -2726,30 +2755,6 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
 
 
 # ---- The command line.
-def chosen(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of Config among the arguments that were given."""
-    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
-
-
-def run_folder(runs: Path, c: Config) -> Path:
-    """runs/ID/network/method/seedN, -released after a method with Eq. (3) at that scale."""
-    released = "-released" if c.reduction == "released" and METHODS[c.method].gradient else ""
-    return runs / path_stem(c.id) / c.arch / f"{c.method}{released}" / f"seed{c.seed}"
-
-
-def certify_run(folder: Any, device: Any, first: int, given: dict, **options: Any) -> dict:
-    """`certify_report` of a run on the `first` images of its test set and OOD sets (or others)."""
-    net, c, state = load_run(folder, device)
-    if state["score"] != "energy" or METHODS[c.method].extra_class:
-        raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
-    _, test_set, ood = load_sets(replace(c, **given))
-    check_classes(state, test_set.classes, test_set.x.shape[1], folder)
-    model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
-    sets, part = {"": test_set, **ood}.items(), slice(max(first, 0))
-    x = {name: normalise(v.pixels(part).to(device), (0,), (1,)) for name, v in sets}
-    return certify_report(model, x.pop(""), x, gamma=state["gamma"], **options)
-
-
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in some minutes a seed"""
     runs, cells, seeds = args.runs / "demo", {}, args.seeds or SEEDS
@@ -2791,14 +2796,16 @@ def command_eval(args: argparse.Namespace) -> None:
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
     c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
-    for k in [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
-        raise ValueError(f"--{k} {given[k]}: {source} was trained with {getattr(c, k)}")
+    if odd := [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
+        raise ValueError(f"--{odd[0]} {given[odd[0]]}: {source} has {getattr(c, odd[0])}")
     c = with_whole_paths(replace(c, **given, init=str(source)))
     scores = ",".join(args.scores or [state.get("score", METHODS[c.method].score)])
     names = [*dict.fromkeys(name.strip() for name in scores.split(","))]
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no score {unknown[0]!r} of this network; one of {', '.join(known)}")
+    if state and "gamma" not in state:
+        remark(f"warning: {source} is not finished: its weights so far are used")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, test_set.x.shape[1], source)
@@ -2843,8 +2850,8 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs, results = table_runs(args), []
-    for c in [c for c in runs.values() if not c.init]:  # needing no other run: before any begins
-        resolve(c)
+    for c in [c for c in runs.values() if not c.init]:  # a start may not be there yet
+        resolve(c)  # raises for bad options before any run begins
     paper_table(args.number, [r for r in map(read_results, runs) if r])  # raises for mixed OOD
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
@@ -2878,7 +2885,7 @@ def command_certify(args: argparse.Namespace) -> None:
         for eps, row in rows.items():
             pairs = (" / ".join(f"{100 * v:.1f}" for v in pair.values()) for pair in row.values())
             cells.append([name, f"{eps:g}", *pairs])
-    say(shown(["OOD set", "ℓ2 ε", *row], cells))
+    say(shown(["OOD set", "ℓ2 ε", *row], cells))  # every row has the same keys
     rejected = ", ".join(f"{100 * v:.1f} at {eps:g}" for eps, v in report["id_rejected"].items())
     say(f"FPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.")
     if "certified" not in row:
@@ -2904,20 +2911,19 @@ def command_figure(args: argparse.Namespace) -> None:
     say(str(out))
 
 
-SEEDS = [0, 1, 2]  # where --seeds names none
 ARGUMENTS: dict[str, dict[str, Any]] = {  # what argparse is told of all but Config's fields
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
     "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
-    "--out": dict(type="path", help="where to write (by the run; figure: here; eval: nowhere)"),
+    "--out": dict(type="path", help="where to write (its folder; figure: here; eval: nowhere)"),
     "run": dict(type="path", help="folder of a run"),
     "[run]": dict(type="path", nargs="?", help="folder of a run"),
     "--weights": dict(type="path", help="a weights file, ours or a public one"),
     "--scores": dict(action="append", help=f"comma-separated: {', '.join(SCORES)} (the method's)"),
     "images": dict(type="path", nargs="+", help="image files, or folders of them"),
     "number": dict(type=int, nargs="?", choices=PAPER, help="1 to 6 (all finished runs)"),
-    "--read": dict(action="store_true", help="print what these options have finished, run nothing"),
+    "--read": dict(action="store_true", help="print what is finished of these runs, run nothing"),
     "--dry-run": dict(action="store_true", help="print the runs as commands, run nothing"),
-    "--seeds": dict(type=int, nargs="+", action="extend", help="(default: 0 1 2)"),
+    "--seeds": dict(type=int, nargs="+", action="extend", help="seeds (0 1 2)"),
     "--archs": dict(nargs="+", action="extend", choices=ARCHS, help="other networks"),
     "--methods": dict(nargs="+", action="extend", choices=METHODS, help="some of its methods"),
     "--images": dict(type=int, default=200, help="images of each set (default: 200)"),
@@ -2991,7 +2997,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without λ gets a replacement, not an error
             stream.reconfigure(errors="replace")
     try:
-        if "" in (words := sys.argv[1:] if argv is None else argv):  # it would be this folder
+        if "" in (words := sys.argv[1:] if argv is None else argv):  # Path("") is here
             raise ValueError("an argument is empty: a variable that is not set?")
         args = parser().parse_args(words)
         args.device = pick_device(args.device)
