@@ -2,7 +2,7 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
-the paper, the methods that it compares with and what its certificates need; 7-9 run it.
+the paper, methods it compares with or cites, and what its certificates need; 7-9 run it.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -85,7 +85,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels; a Residual, so that one rule of 4 serves both."""
+    """x -> [x, body(x)] along the channels; a Residual, as Section 4 treats both alike."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -154,7 +154,7 @@ def wrn(depth: int, width: int, K: int) -> Net:
 
 
 def wrn40_2(K: int) -> Net:
-    """WRN-40-2, d = 128: the paper's WRN-40."""
+    """WRN-40-2, d = 128: taken for the paper's WRN-40."""
     return wrn(40, 2, K)
 
 
@@ -197,18 +197,18 @@ def energy_score(logits: Tensor) -> Tensor:
 
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
-    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², of
-    the scores on the wrong side of their margin: s_in [n], s_aux [m], neither empty -> scalar."""
+    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², over
+    all of s_in [n] and all of s_aux [m], neither empty -> scalar. Margins: the authors' code."""
     if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
         raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
 
 
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ of scores s [N] of x [N,...]: [N], differentiable.
+    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ for scores s [N] of x [N,...] -> [N], differentiable.
 
-    In eval mode it is mask_i ‖∇S(x_i)‖. In training mode batch norm has every s_j depend on x_i:
-    what is masked is left out of the sum too. s may be [N,1]. ValueError: gradients off."""
+    A mask is 0 or 1. In eval mode this is mask_i ‖∇S(x_i)‖; in training mode batch norm has every
+    s_j depend on x_i, hence the mask inside the sum. s may be [N,1]. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -250,17 +250,17 @@ def greg_loss(
 
     x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
     as they are, first in a tuple, or as "logits" in a mapping. For another method (Table 4),
-    aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` (low for ID, own margins) S. Raises
-    ValueError where Eq. (1) has m_in >= m_aux or an empty side, and, if Eq. (3) counts, for parts
-    compiled or in DDP with static_graph, which may lose second derivatives. With checkpointed
-    attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too. ∇S is with respect to x as
-    passed (normalised, say); nothing flows back into it."""
+    aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` S (low for ID; m_in, m_aux are its).
+    ∇S is with respect to x as passed (normalised, say); no gradient flows back into x. ValueError:
+    m_in >= m_aux or an empty side in Eq. (1); with Eq. (3) on, a part of `net` that is compiled or
+    in DDP with static_graph, which may lose second derivatives. With checkpointed attention, call
+    backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
-    # Left by torch.compile(m), m.compile(), DDP's static_graph=True, torch.compile(m.forward):
-    marks = "_orig_mod", "_compiled_call_impl", "static_graph", "get_compiler_config"
     for m in net.modules() if lambda_grad else ():
-        if any(getattr(o, mark, None) for o in (m, getattr(m, "forward", None)) for mark in marks):
+        # Left by torch.compile(m), m.compile() and DDP's static_graph=True; by compile(m.forward):
+        marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
+        if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x))
@@ -284,7 +284,7 @@ def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
 
 
 def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): f_aux is of lam x_in + (1 - lam) x_aux, of class y_in by lam."""
+    """OpenMix (Zhu et al. 2023): f_aux of lam x_in + (1 - lam) x_aux; y_in by lam, else K+1."""
     return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
 
 
@@ -292,11 +292,11 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1), its auxiliary samples weighted by Z / Σ Z, at
-    margins m_aux + alpha Z. Z = Σ_k p_k prior_k^gamma / Σ_j prior_j^gamma is large for classes that
-    are frequent among the auxiliary images: prior [K] are their shares."""
+    """Balanced energy (Choi et al. 2023): Eq. (1), each auxiliary sample of weight Z / Σ Z and of
+    margin m_aux + alpha Z. Z = Σ_k p_k share_k, with share ∝ prior^gamma, is large for the classes
+    frequent among the auxiliary images: prior [K] are their fractions there."""
     share = prior**gamma / (prior**gamma).sum()
-    Z = (f_aux.softmax(1) * share).sum(1)  # autocast would take a product of matrices in bfloat16
+    Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
     weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
     aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
     return F.relu(energy_score(f_in) - m_in).square().mean() + aux
@@ -309,14 +309,14 @@ def balanced_energy_loss(
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
-    ValueError unless `net` returns that very tensor (see `greg_loss`), not changed in place."""
+    ValueError if `net` returns any other tensor (see `_logits`); a change in place goes unseen."""
     caught = []
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = _logits(net(x))
     for _, args, output in caught:
-        if args and output is f and f.dim() == 2:  # the very tensor: nothing came after
+        if args and output is f and f.dim() == 2:  # the very tensor: nothing made a new one
             return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -328,8 +328,8 @@ def kmeans(
 
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
-    An empty cluster moves to the point farthest from its centroid; with fewer than k distinct
-    points some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N."""
+    An empty cluster moves to the point worst served by its own. With fewer than k distinct points,
+    or stopped early, some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -344,13 +344,13 @@ def kmeans(
             c, moved = _seeds(x, square, k, generator), math.inf
             for i in range(max_iter + 1):  # assign, then move, unless this is the end
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square  # now ‖x‖² - 2 x·c + ‖c‖², of the nearest c
+                distance += square  # above ‖c‖² - 2 x·c of the nearest c, with ‖x‖² it is ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
                 size, order = labels.bincount(minlength=k), labels.argsort(stable=True)
-                # The mean of each cluster, by a sum that has a fixed order on a GPU too.
+                # Means of x[order], from each cluster's first row; the order of sums is fixed.
                 means = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
-                means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]
+                means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]  # farthest
                 moved, c = (means - c).square().sum(), means
             runs.append((distance.sum().item(), labels, c))
     _, labels, c = min(runs, key=lambda run: run[0])
@@ -358,10 +358,10 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], on a sample of 16 k points, half of
-    them uniform, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018).
-    Each next seed: the best of 2 + ⌊ln k⌋ points drawn ∝ squared distance to the nearest seed."""
-    weight = square + square.mean() + 1e-30  # the two halves; 1e-30: all points may be equal
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], among at most 16 k points drawn half
+    uniformly, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018). The
+    first drawn is the first seed; each next, the best of 2 + ⌊ln k⌋ drawn ∝ `closest`."""
+    weight = square + square.mean() + 1e-30  # far half, uniform half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances, tries = torch.cdist(sample, sample).square(), 2 + int(math.log(k))
     chosen, closest = [sample[0]], distances[0]
@@ -382,18 +382,18 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     member or none, random candidates fill in. ValueError: too few, or a NaN score.
     DOS (Jiang et al. 2024) takes from each cluster the lowest s = p_{K+1} alone: ends=(0,)."""
     n = len(ends) * k
-    if s.shape != z.shape[:1] or not 1 <= k or n > len(s) or s.isnan().any():
+    if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
     z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), p=math.inf, eps=1e-30)
-    z_hat = F.normalize(z)  # line 2, of z / max |z|: squares of z may overflow
+    z_hat = F.normalize(z)  # line 2: z / ‖z‖, after z / max |z|, lest squares of z overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
         ranked = order[labels[order] == j]  # line 5: I, by score
         chosen[ranked[list(ends)]] = True  # line 6
     lottery = torch.rand(len(s), generator=generator, device=s.device)
-    return (lottery + 2 * chosen).topk(n).indices  # line 8: all the chosen, then random others
+    return (lottery + 2 * chosen).topk(n).indices  # line 8: the chosen (>= 2), then others (< 1)
 
 
 # ---- Samplers of other methods.
@@ -402,7 +402,7 @@ def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # in their order
+    return s.argsort(stable=True)[first : first + n].sort().values  # by index again
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[Tensor, Tensor]:
@@ -417,7 +417,7 @@ def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[T
 
 
 def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
-    """A sample of the boundary's weights [d] from the posterior of `poem_posterior`."""
+    """A sample [d] of the posterior: L'⁻¹ ε has covariance (L L')⁻¹, where L is the factor."""
     noise = torch.randn(len(mean), 1, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
 
@@ -948,7 +948,7 @@ def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
 
 
 def fpr_at_tpr(s_in: Tensor, s_out: Tensor, tpr: float = 0.95) -> float:
-    """FPR95: the share of OOD at or below γ, where a share tpr of ID is; ties count against us."""
+    """FPR95: the share of s_out at or below `threshold`: a tie with γ passes for ID."""
     return (_vector(s_out) <= threshold(s_in, tpr)).double().mean().item()
 
 
@@ -960,14 +960,14 @@ def auroc(s_in: Tensor, s_out: Tensor) -> float:
 
 
 def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
-    """Average precision Σ (R_i - R_{i-1}) P_i, low scores positive: the mean of P_i over s_pos."""
+    """Average precision, low scores positive: the precision at each of s_pos, averaged."""
     s_pos, s_neg = _vector(s_pos).sort().values, _vector(s_neg).sort().values
     tp, fp = (torch.searchsorted(s, s_pos, right=True).double() for s in (s_pos, s_neg))
     return (tp / (tp + fp)).mean().item()
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics of one OOD set, as fractions, with the counts that AUPR depends on."""
+    """All metrics (fractions) and counts; *_out, *_ood_positive: OOD is positive."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
