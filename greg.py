@@ -1654,7 +1654,7 @@ def learning_rate(c: Config, t: float | Fraction) -> float:
     """Learning rate at the share t in [0, 1) of the run: cosine to 0, or / 10 at each share."""
     if c.schedule == "cosine":
         return c.lr * (1 + math.cos(math.pi * t)) / 2
-    shares = [0]  # refused below, and what this stays for: text that holds no fractions
+    shares = [0]  # refused below; it stays where the text holds no fractions
     with contextlib.suppress(ValueError, ZeroDivisionError):
         shares = [Fraction(share) for share in c.schedule.split(",")]
     if not all(0 < share < 1 for share in shares):
