@@ -1624,8 +1624,9 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
     aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # the classes --id leaves out
-    if not theirs and init not in ("", "torchvision"):
-        theirs = stored(init).get("config", {}).get("stats")
+    if init and not theirs:
+        begun = {"stats": "imagenet"} if init == "torchvision" else stored(init).get("config", {})
+        theirs = begun.get("stats")
     stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
@@ -1682,14 +1683,12 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
         encoded = content.encode(errors="replace") if isinstance(content, str) else content
         temporary.write_bytes(encoded)
         if keep and path.exists():
-            shutil.copyfile(path, old := temporary.with_suffix(".old"))
-            os.replace(old, path.with_name(keep))
+            write_atomically(path.with_name(keep), path.read_bytes())
         os.replace(temporary, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
     finally:
-        for left in temporary, temporary.with_suffix(".old"):
-            left.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path) -> Any:
@@ -1711,7 +1710,9 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     By name, below any prefix or beside other submodules, else by position: code bases name the same
     layers differently but list them in forward order. The last part of a name and the shape must
     agree. ValueError for what does not fit, OSError without the file."""
-    state = state or read_tensors(path)  # the caller's, if it has read the file already
+    if state and "gamma" not in state:  # a run's, which the caller has read already
+        remark(f"warning: {path} is not finished: its weights so far are used")
+    state = state or read_tensors(path)
     for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
         state = state.get(key, state) if isinstance(state, dict) else state
 
@@ -1753,8 +1754,7 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
     """A run's configuration, to `run` or just to show; options it lacks have their defaults."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
-        row = f"{known.get('arch')} or {known.get('method')}"
-        raise ValueError(f"ARCHS or METHODS lack {row}: go on by the script that adds it")
+        raise ValueError(f"no {known.get('arch')} in ARCHS, or {known.get('method')} in METHODS")
     return Config(**known)
 
 
@@ -1826,8 +1826,6 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     elif c.init:
         saved = stored(c.init)
         check_classes(saved, classes, size, c.init)
-        if saved and "gamma" not in saved:
-            remark(f"warning: {c.init} is not finished: its weights so far are used")
         given = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
         net.features = given.features
         net.fc.weight.data[:K], net.fc.bias.data[:K] = given.fc.weight.data, given.fc.bias.data
@@ -1967,8 +1965,8 @@ def _leave_signals(worker):
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
-    function of (seed, epoch, step, rank), whatever workers and stops. The epoch's images (if a
-    sampler picks, aux_epoch) are cut into m parts: step t of process r takes part t · ranks + r."""
+    function of (seed, epoch, step, rank) and of a pool, whatever workers and stops. Step t of
+    process r takes part t · ranks + r of the epoch's images (if a sampler picks, aux_epoch)."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
@@ -2265,6 +2263,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 # 9  Evaluation, tables, figures, command line (Section 6)
 
 
+def score_images(net: Net, x: Tensor, K: int, fit: Fit, names: Sequence[str]) -> list[Tensor]:
+    """The predicted class and the named scores of normalised images [N,C,H,W], each [N]."""
+    z, f = embed(net, x)
+    f = f[:, :K]
+    with eval_mode(net):
+        return [f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)]
+
+
 def evaluate(
     net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -2281,12 +2287,7 @@ def evaluate(
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
         fit = fit_scores(net, z, train_set.y.to(z.device), fit.p, fit.std, K)
     for key, images in {"id": test_set, **ood}.items():
-        rows = []
-        for x in parts(images, f"score {key}"):
-            z, f = embed(net, x)
-            f = f[:, :K]
-            with eval_mode(net):
-                rows.append([f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)])
+        rows = [score_images(net, x, K, fit, names) for x in parts(images, f"score {key}")]
         columns = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
         raw |= {f"{name}/{key}": v for name, v in zip(("class", *names), columns, strict=True)}
         few = parts(images.take(slice(1000)), f"‖∇S‖ {key}")
@@ -2621,12 +2622,11 @@ def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     columns = itertools.product(args.archs or [""], COLUMNS[args.number])
     pairs = dict.fromkeys((given.get("id") or c[0], arch or c[1]) for arch, c in columns)
     runs, starts = {}, ["ce"] if any(fine_tunes(m, d) for m in methods for d, _ in pairs) else []
-    every = itertools.product(pairs, args.seeds or SEEDS, starts + methods)
-    for (data, arch), seed, method in every:
-        c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": method})
-        if fine_tunes(method, data):
+    for (data, arch), seed, m in itertools.product(pairs, args.seeds or SEEDS, starts + methods):
+        c = Config(**given | {"id": data, "arch": arch, "seed": seed, "method": m})
+        if fine_tunes(m, data):
             c = replace(c, init=str(run_folder(args.runs, replace(c, method="ce"))))
-        if not METHODS[method].gradient:  # these mean nothing to it
+        if not METHODS[m].gradient:  # these mean nothing to it
             c = replace(c, lambda_grad=1.0, reduction="paper", grad_every=1)
         runs[run_folder(args.runs, c)] = c
     return runs
@@ -2654,14 +2654,14 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
     """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's checkpoint."""
-    panels = {"energy loss, Eq. (1)": {}, "mean ‖∇S‖ on ID images": {}}
+    energy, slope = {}, {}
     for folder in folders:
         rows = [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]
         if not rows:
             raise ValueError(f"{folder} has no log of a run with auxiliary data")
-        for lines, key in zip(panels.values(), ("probe_energy", "probe_gradient_in"), strict=True):
-            lines[str(folder)] = [(row["epoch"], row[key]) for row in rows]
-    curves(panels, path, "epoch")
+        energy[str(folder)] = [(row["epoch"], row["probe_energy"]) for row in rows]
+        slope[str(folder)] = [(row["epoch"], row["probe_gradient_in"]) for row in rows]
+    curves({"energy loss, Eq. (1)": energy, "mean ‖∇S‖ on ID images": slope}, path, "epoch")
 
 
 def figure_scores(folders: Sequence[Path], path: Path) -> None:
@@ -2804,8 +2804,6 @@ def command_eval(args: argparse.Namespace) -> None:
     known = [name for name in SCORES if name != "absent" or METHODS[c.method].extra_class]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"no score {unknown[0]!r} of this network; one of {', '.join(known)}")
-    if state and "gamma" not in state:
-        remark(f"warning: {source} is not finished: its weights so far are used")
     with alone(args.out) if args.out else contextlib.nullcontext():
         train_set, test_set, ood = load_sets(c)
         check_classes(state, test_set.classes, test_set.x.shape[1], source)
@@ -2827,10 +2825,8 @@ def command_predict(args: argparse.Namespace) -> int:
         for path in bar([*itertools.chain(*listed)], "predict"):
             try:
                 x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
-                z, f = embed(net, x)
-                f = f[:, : len(classes)]
-                s = SCORES[name](net, x, f, z, fit).item()
-                row = classes[f.argmax()], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
+                k, s = (v.item() for v in score_images(net, x, len(classes), fit, [name]))
+                row = classes[k], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
             except (OSError, ValueError) as e:
                 row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
             lines.append([path, *row])

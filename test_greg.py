@@ -1491,7 +1491,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *(("--schedule", {"schedule": s}) for s in ("0.5;1", "1/0", "0.5,1", "0", "")),
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
-        ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}),
+        ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}), ("imagenet", {"stats": "dice"}),
         ("dice", {"init": file, "stats": "cifar10"}), ("--m-aux", {"margins": "auto", "m_in": -9}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
@@ -1528,7 +1528,7 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     before = {*folder.iterdir()}
     greg.write_atomically(tmp_path / "x", "\udcff")  # of a name that is no UTF-8
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", lambda _, to: to.touch() or os.stat("no room"))
+        patch.setattr(Path, "write_bytes", lambda self, _: self.touch() or os.stat("no room"))
         refuses(lambda: greg.save(run), "could not be written", "no room", error=OSError)
     path, prev = folder / "checkpoint.pt", greg.stored(folder / "checkpoint.prev.pt")
     assert {*folder.iterdir()} == before and again().epoch == 2 and prev["epoch"] == 0
