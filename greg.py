@@ -2820,9 +2820,9 @@ def command_predict(args: argparse.Namespace) -> int:
     net, c, state = load_run(args.run, args.device)
     gamma, name, classes = state["gamma"], state["score"], state["classes"]
     fit, lines, code = Fit(post_hoc(c.id, c.arch, len(classes)), STATS[c.stats][1]), [], 0
-    listed = (sorted(image_files(p)) if p.is_dir() else [str(p)] for p in args.images)
+    paths = [f for p in args.images for f in (sorted(image_files(p)) if p.is_dir() else [str(p)])]
     try:
-        for path in bar([*itertools.chain(*listed)], "predict"):
+        for path in bar(paths, "predict"):
             try:
                 x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
                 k, s = (v.item() for v in score_images(net, x, len(classes), fit, [name]))
