@@ -2398,9 +2398,9 @@ def certify_report(
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
-    an error without a local one); "smoothed" (n > 0): the detector of medians under noise, by
-    probability 1-alpha, AUROC at ε = 0. FPR95 is at the threshold of x_in; "id_rejected": ID
-    images attacked over gamma."""
+    an error without a local one); "smoothed" (n > 0): the detector of medians under noise, with
+    probability 1-alpha, AUROC at ε = 0. FPR95 is at each detector's own threshold on x_in,
+    "id_rejected" the share of x_in that attacks raise over gamma."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
