@@ -1717,8 +1717,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         state = state.get(key, state) if isinstance(state, dict) else state
 
     def weights(d):  # but for batch norm's counters, which old files lack
-        pairs = d.items() if isinstance(d, dict) else ()
-        return {str(k): v for k, v in pairs if torch.is_tensor(v) and "_tracked" not in str(k)}
+        d = d.items() if isinstance(d, dict) else ()
+        return {str(k): v for k, v in d if torch.is_tensor(v) and "batches_tracked" not in str(k)}
 
     ours, theirs = weights(net.state_dict()), weights(state)
     # Of the file take all, or the top-level parts that we have too, or one: what has our count.
@@ -2310,6 +2310,10 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
+    for path in (one_spelling(name_and_path(v)[1]) for v in c.ood if "=" in v):
+        # An archive may hold both.
+        if c.aux[-4:] not in ("", ".npz") and f"{path}/".startswith(f"{one_spelling(c.aux)}/"):
+            raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)

@@ -2038,8 +2038,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         eval ce --out ce | own folder; certify TMP/react | energy; train --out '' | is empty;
         certify greg --images -1 | need images; certify TMP/renamed --out none | zero;
         eval ce --weights aux.npy | --weights; table 2 --margins auto | pre-trained;
-        predict TMP/stopped a.png | finished; table --runs . --methods ce | number;
-        certify nowhere | nowhere; eval TMP/w.pt | weigh; figure 3 | folders"""
+        predict TMP/stopped a | finished; table --runs . --methods ce | number; figure 3 | folders;
+        eval greg --ood a=aux.npy | trained on; certify nowhere | nowhere; eval TMP/w.pt | weigh"""
     for name, x in ("copy", np.load("aux.npy")), ("x", np.load("id.npz")["x_test"]):
         np.save(tmp_path / f"{name}.npy", x)
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
