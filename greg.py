@@ -248,9 +248,9 @@ def greg_loss(
 ) -> GregLoss:  # fmt: skip
     """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
 
-    x_in [n,...], y_in [n] labels, x_aux [m,...]. `net` is any module that returns logits [n+m,K],
-    as they are, first in a tuple, or as "logits" in a mapping. For another method (Table 4),
-    aux_loss(f_in, f_aux, y_in) replaces Eq. (1), and `score` S (low for ID; m_in, m_aux are its).
+    x_in [n,...], y_in [n] labels or [n,K] shares, x_aux [m,...]. `net`: any module giving logits
+    [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
+    4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
     ∇S is with respect to x as passed (normalised, say); no gradient flows back into x. ValueError:
     m_in >= m_aux or an empty side in Eq. (1); with Eq. (3) on, a part of `net` that is compiled or
     in DDP with static_graph, which may lose second derivatives. With checkpointed attention, call
@@ -264,7 +264,8 @@ def greg_loss(
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x))
-    s, y_in = score(f), torch.as_tensor(y_in, device=f.device).long()
+    s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -1013,7 +1014,7 @@ def bar(items: Any, what: str, **options: Any) -> Any:
                 progress.delay = 0  # else close() would leave the bar standing
                 progress.refresh(nolock=True)
 
-    if sys.stderr and sys.stderr.isatty():  # not into a log file
+    if getattr(sys.stderr, "isatty", bool)():  # not into a log file
         threading.Thread(target=tick, daemon=True).start()
     return progress
 
@@ -1152,9 +1153,12 @@ def open_image(path: str | Path) -> Any:
     Image.MAX_IMAGE_PIXELS = max(2**29, Image.MAX_IMAGE_PIXELS or math.inf)  # for photographs
     with open(path, "rb") as file:
         try:
-            image = ImageOps.exif_transpose(Image.open(file))
+            image = Image.open(file)
+            image.getexif()  # kept; its bytes go, or odd tags in them would stop the turning
+            image.info.pop("exif", None)
+            image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # more than 8 bits a channel, which Pillow would clip
-                low, high = image.getextrema()
+                low, high = image.convert("I").getextrema()
                 if image.mode == "F" or low < 0 or high > 65535:
                     raise ValueError(f"mode {image.mode} has no known range")
                 image = image.convert("I").point(lambda v: v / 257 + 0.5).convert("L")
@@ -1163,7 +1167,8 @@ def open_image(path: str | Path) -> Any:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
         except Exception as e:  # Pillow's decoders raise whatever they stumble over
-            raise ValueError(f"{path} is not an image that can be read: {e}") from None
+            why = str(e).partition(" <_io")[0] or repr(e)
+            raise ValueError(f"{path} is not an image that can be read: {why}") from None
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
@@ -1177,6 +1182,9 @@ def load_image(path: str | Path, size: int = 32) -> Tensor:
     return T.pil_to_tensor(T.center_crop(image, size)).permute(1, 2, 0)[None].contiguous()
 
 
+LITTER = ("__MACOSX", "@eaDir")  # folders that archives and servers add
+
+
 def image_files(folder: str | Path) -> list[str]:
     """All images below a folder, in a fixed random order: the first N stand for them all."""
     from PIL import Image
@@ -1185,7 +1193,7 @@ def image_files(folder: str | Path) -> list[str]:
     known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # it decodes none
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = at == seen.setdefault(os.path.realpath(at), at)  # once each: links can go in circles
-        folders[:] = [f for f in sorted(folders) if new and f[0] not in ".@" and f != "__MACOSX"]
+        folders[:] = [f for f in sorted(folders) if new and f[0] != "." and f not in LITTER]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
     files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
     if other := sorted({*paths} - {*files}):
@@ -1208,7 +1216,8 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         loaded = {"x": loaded} if isinstance(loaded, np.ndarray) else loaded
         for name in loaded:
             with contextlib.suppress(ValueError, TypeError):  # objects or text beside the numbers
-                arrays[name] = torch.from_numpy(loaded[name])
+                a = loaded[name]  # in the machine's byte order, a mapped file as it is
+                arrays[name] = torch.from_numpy(a.astype(a.dtype.newbyteorder("="), copy=False))
     except Exception:  # zip, zlib and NumPy each raise their own
         raise ValueError(f"{path} is damaged, or no .npy or .npz of numbers") from None
     return arrays
@@ -1275,7 +1284,10 @@ class Files(torch.utils.data.Dataset):
 
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
-    names = [p.name for p in folder.glob("[!.@]*") if p.is_dir() and p.name != "__MACOSX"]
+    entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
+    names = [p.name for p in entries if p.is_dir()]
+    if loose := [p.name for p in entries if p.is_file()]:
+        remark(f"{folder}: left out {len(loose)} files in no class folder: {loose[0]} …")
     if not names:
         raise ValueError(f"{folder} has no folder of images for each class")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
@@ -1362,7 +1374,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     elif path.is_dir():
         names = class_folders(path / "train")
         if odd := sorted({*names} ^ {*class_folders(path / "test")})[:9]:
-            raise ValueError(f"{path}/train and test need the same class folders; one lacks {odd}")
+            raise ValueError(f"{path}/train and test: class folders that are in one only: {odd!a}")
         remark(f"the images of {path} become {size}×{size} (--size)")
         sets = [class_images(path / part, names, size) for part in ("train", "test")]
     else:
@@ -1753,8 +1765,9 @@ def stored(path: str | Path) -> dict[str, Any]:
 def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
     """A run's configuration, to `run` or just to show; options it lacks have their defaults."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
-    if run and not (known.get("arch") in ARCHS and known.get("method") in METHODS):
-        raise ValueError(f"no {known.get('arch')} in ARCHS, or {known.get('method')} in METHODS")
+    for key, table in ("arch", ARCHS), ("method", METHODS), ("stats", STATS):
+        if run and known.get(key) not in table:
+            raise ValueError(f"no {key} {known.get(key)!r} here, which the run was made with")
     return Config(**known)
 
 
@@ -1771,7 +1784,7 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, wher
     old, new = list(saved.get("classes", classes)), list(classes)
     if old != new:
         gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
-        raise ValueError(f"{where} had other classes, or another order: gone {gone}, new {more}")
+        raise ValueError(f"{where} had other classes, or their order: gone {gone!a}, new {more!a}")
     if (trained := saved.get("size", size)) != size:
         remark(f"warning: {where} was trained on images of {trained}×{trained}, not {size}")
 
@@ -1815,7 +1828,7 @@ def alone(folder: Path) -> Iterator[None]:
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
     K = len(classes)
-    torch.manual_seed(c.seed)
+    torch.manual_seed(c.seed % 2**63)
     outputs = K + METHODS[c.method].extra_class
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
@@ -1930,10 +1943,10 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
 
 
 def data_marks(ids: Images, aux: Images | None) -> dict[str, int]:
-    """What tells a run's data from others: labels, first images, how many auxiliary ones."""
-    first = [s.x[:16].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
+    """What tells a run's data from others: labels, some images, how many auxiliary ones."""
+    some = [s.x[:: len(s.x) // 16 or 1].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
     n_aux = len(aux.x) if aux else 0
-    return {"labels": hashed(ids.y.tolist()), "pixels": hashed(first), "n_aux": n_aux}
+    return {"labels": hashed(ids.y.tolist()), "pixels": hashed(some), "n_aux": n_aux}
 
 
 def save(run: Run, **more: Any) -> None:
@@ -2363,9 +2376,13 @@ def save_results(folder: Path, results: dict[str, Any], raw: dict[str, Tensor]) 
 
     arrays, text = io.BytesIO(), json.dumps(results, indent=1, allow_nan=False)  # or raises
     np.savez_compressed(arrays, **{key: s.numpy() for key, s in raw.items()})
-    write_atomically(folder / "scores.npz", arrays.getbuffer())
-    write_atomically(folder / "results.md", results_table([results], file=True))
-    write_atomically(folder / "results.json", text)
+    try:
+        write_atomically(folder / "scores.npz", arrays.getbuffer())
+        write_atomically(folder / "results.md", results_table([results], file=True))
+        write_atomically(folder / "results.json", text)
+    except OSError:
+        say(results_table([results]))  # so that they are not lost
+        raise
     if world()[1] > 1:  # another run may start from these files
         torch.distributed.barrier()
 
@@ -2469,7 +2486,7 @@ def certify_run(folder: Any, device: Any, first: int, given: dict, **options: An
 # ---- Tables.
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
     """A table in Markdown; for a terminal (no `file`) padded, wrapped, constant columns on top."""
-    if file or not (sys.stdout and sys.stdout.isatty()):
+    if file or not getattr(sys.stdout, "isatty", bool)():  # a logger may have none
         rows = header, ["---"] * len(header), *rows
         cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
         return "".join(f"| {' | '.join(row)} |\n" for row in cells)
@@ -2814,9 +2831,9 @@ def command_eval(args: argparse.Namespace) -> None:
         net = ARCHS[c.arch](len(test_set.classes) + METHODS[c.method].extra_class)
         net = load_weights(net, source, state).to(args.device)
         results, raw = evaluate(net, train_set, test_set, ood, c, names)
-        say(results_table([results]))
         if args.out:
             save_results(args.out, results, raw)
+        say(results_table([results]))
 
 
 def command_predict(args: argparse.Namespace) -> int:
@@ -2898,8 +2915,8 @@ def command_certify(args: argparse.Namespace) -> None:
 def command_figure(args: argparse.Namespace) -> None:
     """draw Figure 1, Figure 3, histograms of the scores, or the built-in images"""
     out = args.out or Path(f"figure_{args.which}.png")
-    if out.suffix.lower() not in (".png", ".pdf", ".svg"):
-        raise ValueError(f"--out {out} ends in none of .png, .pdf, .svg")
+    if out.suffix.lower() not in (".png", ".pdf", ".svg") or out.is_dir():
+        raise ValueError(f"--out {out} is a folder, or ends in none of .png, .pdf, .svg")
     out.parent.mkdir(parents=True, exist_ok=True)
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
@@ -3001,7 +3018,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError("an argument is empty: a variable that is not set?")
         args = parser().parse_args(words)
         args.device = pick_device(args.device)
-        if sys.stderr and sys.stderr.isatty():  # a sign of life: more imports take seconds
+        if getattr(sys.stderr, "isatty", bool)():  # a sign of life: more imports take seconds
             remark(f"on {args.device}")
         return args.run_command(args) or 0
     except KeyboardInterrupt:
@@ -3010,12 +3027,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("GREG_DEBUG"):
             raise
         known = ValueError, OSError, FloatingPointError, ImportError, NotImplementedError
-        kind = "" if isinstance(e, known) else f"{type(e).__name__} (GREG_DEBUG=1 shows where): "
+        plain = str(e) and isinstance(e, known)
+        kind = "" if plain else f"{type(e).__name__} (GREG_DEBUG=1 shows where): "
         reason, code = kind + " ".join(str(e).split())[:600], 2
     finally:
         if world()[1] > 1:
             torch.distributed.destroy_process_group()
-    print(f"greg: error: {reason}", file=sys.stderr)
+    print(f"greg: error: {reason}", file=sys.stderr or io.StringIO())
     return code
 
 
