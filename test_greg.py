@@ -918,8 +918,8 @@ def test_the_built_in_benchmark_is_fixed_balanced_and_without_repeats():
 
 def test_id_arrays_are_kept_but_for_an_order_by_class_and_bad_ones_named(tmp_path):
     path, u8 = tmp_path / "a.v2.npz", np.uint8
-    arrays = {"x_train": pixels(0, 6, 8, 8, 3).numpy(), "y_train": np.arange(6, dtype=">i4") // 2}
-    arrays |= {"x_test": pixels(1, 3, 8, 8, 3).numpy(), "y_test": np.array([2, 0, 1], u8)}
+    arrays = {"x_train": pixels(0, 6, 8, 8, 3).numpy(), "y_train": np.arange(6) // 2}
+    arrays |= {"x_test": pixels(1, 3, 8, 8, 3).numpy(), "y_test": np.array([2, 0, 1], ">i2")}
     np.savez(path, **arrays, names=np.array(["cat", None], object))
     train, test = greg.load_id(str(path))
     np.testing.assert_array_equal(test.x, arrays["x_test"])
@@ -1026,7 +1026,7 @@ def test_images_of_every_mode_and_orientation_are_what_a_viewer_shows(tmp_path, 
     for turn in range(1, 9):  # TIFF 6.0: where row 0 and column 0 are
         exif[0x0112], path = turn, tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
         exif[0x010F] = "odd"  # but in a tiff as the width, which is no text
-        odd = exif if mode == "CMYK" else exif.tobytes().replace(b"\x0f\1", b"\0\1")
+        odd = exif if mode == "CMYK" else exif.tobytes().replace(b"\1\x0f", b"\1\0")
         image.save(path, exif=odd, **({"transparency": 7} if mode == "clear P" else {}))
         down, right = (-1 if turn in turns else 1 for turns in ((3, 4, 7, 8), (2, 3, 6, 7)))
         want = (shown.swapaxes(0, 1) if turn > 4 else shown)[::down, ::right]
