@@ -1916,7 +1916,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
                 raise ValueError(f"--sync-bn is for plain nn.BatchNorm2d, not {m}: leave it out")
             m.__class__ = SyncBatchNorm2d
     net = net.to(memory_format=torch.channels_last) if c.channels_last else net
-    sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
+    with bar(None, "set up", total=1):  # PyTorch's first optimiser imports a lot
+        sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
     run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
     if begun:
@@ -2725,9 +2726,10 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
     net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
     for p in net.parameters():
         p.data = (torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5
+    progress = bar(range(steps), f"train with λ_∇S = {lambda_grad:g}")  # on while PyTorch imports
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, steps)
-    for _ in bar(range(steps), f"train with λ_∇S = {lambda_grad:g}"):
+    for _ in progress:
         optimiser.zero_grad()
         greg_loss(net, *toy(128, g), -6.0, -2.0, 0.1, lambda_grad).loss.backward()
         optimiser.step()
