@@ -52,7 +52,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 Rng = torch.Generator | None
 Score = Callable[[Tensor], Tensor]  # logits [N,K] (where it says so, images) -> [N]
@@ -1033,8 +1032,7 @@ class Images(NamedTuple):
 
     def pixels(self, index: slice | Tensor) -> Tensor:
         """Some of the images, uint8 [n,H,W,3]; files by `load_image`, in threads."""
-        x = self.x[index]
-        if not isinstance(x, Files):
+        if not isinstance(x := self.x[index], Files):
             return x
         with ThreadPoolExecutor() as pool:
             images = pool.map(lambda f: load_image(os.fsdecode(f), x.shape[1]), x.files)
@@ -1195,13 +1193,12 @@ def image_files(folder: str | Path) -> list[str]:
         new = at == seen.setdefault(os.path.realpath(at), at)  # once each: links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] != "." and f not in LITTER]
         paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
-    files = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
-    if other := sorted({*paths} - {*files}):
+    kept = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
+    if other := sorted({*paths} - {*kept}):
         remark(f"{folder}: left out {len(other)} files that are no images: {other[0]} …")
-    if not files:
+    if not kept:
         raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    return [files[i] for i in order]
+    return [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))]
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -1285,10 +1282,9 @@ class Files(torch.utils.data.Dataset):
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
-    names = [p.name for p in entries if p.is_dir()]
     if loose := [p.name for p in entries if p.is_file()]:
         remark(f"{folder}: left out {len(loose)} files in no class folder: {loose[0]} …")
-    if not names:
+    if not (names := [p.name for p in entries if p.is_dir()]):
         raise ValueError(f"{folder} has no folder of images for each class")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
 
@@ -1609,10 +1605,9 @@ def same_path(old: Any, new: Any) -> bool:
     """Whether a run's path, or NAME=PATH, is the new one: spelled alike, or moved (and says so)."""
     alike, (name, path) = one_spelling(old) == one_spelling(new), name_and_path(old)
     gone = not alike and os.path.isabs(path) and not os.path.exists(path)
-    moved = gone and re.fullmatch(f"(?s){re.escape(name)}.*/{re.escape(Path(path).name)}", str(new))
-    if moved:
+    if moved := gone and str(new).startswith(name) and str(new).endswith("/" + Path(path).name):
         remark(f"{path} is gone: {new} is taken for it")
-    return alike or bool(moved)
+    return alike or moved
 
 
 def with_whole_paths(c: Config) -> Config:
@@ -1621,9 +1616,9 @@ def with_whole_paths(c: Config) -> Config:
     return replace(c, ood=tuple(one_spelling(v, True) if "=" in v else v for v in c.ood), **paths)
 
 
-def resolve(c: Config, theirs: str | None = None) -> Config:
+def resolve(c: Config, had: str | None = None) -> Config:
     """`c` with each None filled in from its data, method and recipe; ValueError for bad options.
-    `theirs`: the normalisation that the weights had so far; if None, --init's is read."""
+    `had`: the normalisation that the weights had so far; if None, --init's is read."""
     plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # NumPy scalars
     c = with_whole_paths(replace(c, **plain))
     method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
@@ -1636,10 +1631,9 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
     aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # the classes --id leaves out
-    if init and not theirs:
-        begun = {"stats": "imagenet"} if init == "torchvision" else stored(init).get("config", {})
-        theirs = begun.get("stats")
-    stats = c.stats or theirs or (kind if kind in STATS else "cifar10")
+    if init and not had:
+        had = "imagenet" if init == "torchvision" else stored(init).get("config", {}).get("stats")
+    stats = c.stats or had or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
     positive = "epochs lr batch size candidates grad_every".split()
@@ -1650,7 +1644,7 @@ def resolve(c: Config, theirs: str | None = None) -> Config:
     others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # may have --id's
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
-        (theirs not in (None, stats), f"--stats {stats}: the run, or its start, has {theirs}"),
+        (had not in (None, stats), f"--stats {stats}: the run, or its start, has {had}"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
@@ -1667,12 +1661,11 @@ def learning_rate(c: Config, t: float | Fraction) -> float:
     """Learning rate at the share t in [0, 1) of the run: cosine to 0, or / 10 at each share."""
     if c.schedule == "cosine":
         return c.lr * (1 + math.cos(math.pi * t)) / 2
-    shares = [0]  # refused below; it stays where the text holds no fractions
-    with contextlib.suppress(ValueError, ZeroDivisionError):
+    with contextlib.suppress(ValueError, ZeroDivisionError):  # where the text holds no fractions
         shares = [Fraction(share) for share in c.schedule.split(",")]
-    if not all(0 < share < 1 for share in shares):
-        raise ValueError(f'--schedule is "cosine" or shares as "0.5,3/4", not {c.schedule}')
-    return c.lr * 0.1 ** sum(t >= share for share in shares)
+        if all(0 < share < 1 for share in shares):
+            return c.lr * 0.1 ** sum(t >= share for share in shares)
+    raise ValueError(f'--schedule is "cosine" or shares as "0.5,3/4", not {c.schedule}')
 
 
 def hashed(*key: object) -> int:
@@ -1690,17 +1683,16 @@ def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = 
     """The first process writes a file, whole or not at all; `keep`: a name for the old one."""
     if world()[0] > 0:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        encoded = content.encode(errors="replace") if isinstance(content, str) else content
-        temporary.write_bytes(encoded)
+        temp.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
         if keep and path.exists():
             write_atomically(path.with_name(keep), path.read_bytes())
-        os.replace(temporary, path)
+        os.replace(temp, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | Path) -> Any:
@@ -1727,12 +1719,10 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     state = state or read_tensors(path)
     for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
         state = state.get(key, state) if isinstance(state, dict) else state
-
-    def weights(d):  # but for batch norm's counters, which old files lack
-        d = d.items() if isinstance(d, dict) else ()
-        return {str(k): v for k, v in d if torch.is_tensor(v) and "batches_tracked" not in str(k)}
-
-    ours, theirs = weights(net.state_dict()), weights(state)
+    ours, theirs = (  # but for batch norm's counters, which old files lack
+        {str(k): v for k, v in d.items() if torch.is_tensor(v) and "batches_tracked" not in str(k)}
+        for d in (net.state_dict(), state if isinstance(state, dict) else {})
+    )
     # Of the file take all, or the top-level parts that we have too, or one: what has our count.
     top = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
     choices = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
@@ -1781,8 +1771,7 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, where: Any) -> None:
     """ValueError if stored weights were learnt on other classes; a remark if on another size."""
-    old, new = list(saved.get("classes", classes)), list(classes)
-    if old != new:
+    if (old := list(saved.get("classes", classes))) != (new := list(classes)):
         gone, more = ([k for k in a if k not in b][:5] for a, b in ((old, new), (new, old)))
         raise ValueError(f"{where} had other classes, or their order: gone {gone!a}, new {more!a}")
     if (trained := saved.get("size", size)) != size:
@@ -1827,9 +1816,8 @@ def alone(folder: Path) -> Iterator[None]:
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
-    K = len(classes)
+    K, outputs = len(classes), len(classes) + METHODS[c.method].extra_class
     torch.manual_seed(c.seed % 2**63)
-    outputs = K + METHODS[c.method].extra_class
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
         raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs + bias")
@@ -1964,11 +1952,10 @@ def save(run: Run, **more: Any) -> None:
 
 def to_input(run: Run, x: Tensor, generator: Rng = None) -> Tensor:
     """uint8 [n,H,W,C] -> the network's input [n,C,H,W], with --noise if there is a generator."""
-    mean, std = STATS[run.config.stats]
-    x = normalise(x.to(run.device, non_blocking=True), mean, std)
+    x = normalise(x.to(run.device, non_blocking=True), *STATS[run.config.stats])
     if run.config.noise and generator:
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        x += run.config.noise * noise / x.new_tensor(std).view(-1, 1, 1)
+        x += run.config.noise * noise / x.new_tensor(STATS[run.config.stats][1]).view(-1, 1, 1)
     return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
 
 
@@ -2092,8 +2079,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
     row = log(run, row | {"epoch": run.epoch})
     save(run)
     how = "" if c.margins or method.loss is not energy_loss else "; --margins auto may help"
-    fell = run.rows[0]["probe_accuracy"] - row["probe_accuracy"]
-    if c.init and fell > 0.1:
+    if c.init and (fell := run.rows[0]["probe_accuracy"] - row["probe_accuracy"]) > 0.1:
         remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
     if method.gradient and c.lambda_grad and max(row["share_in"], row["share_aux"]) < 0.02:
         s = f"{row['probe_s_in']:.1f} on ID, {row['probe_s_aux']:.1f} on auxiliary images"
@@ -2122,7 +2108,7 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
 
 
 # ---- The same step, faster, and over several processes: none of it is in the paper.
-class FastDoubleBackward(TorchFunctionMode):
+class FastDoubleBackward(torch.overrides.TorchFunctionMode):
     """`with FastDoubleBackward(): loss = ...` is faster, equal up to rounding: PyTorch's own double
     backward makes many passes for batch norm, convolves with kernels as large as the image, and
     adds up zeros for ReLU and concatenation. Inside, create_graph=True differentiates at images
@@ -2403,8 +2389,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
 
 def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
     """A finished run's network in eval mode, configuration, checkpoint; ValueError for others."""
-    state = stored(folder)
-    if state.get("score") not in SCORES:  # saved with the threshold
+    if (state := stored(folder)).get("score") not in SCORES:  # saved with the threshold
         raise ValueError(f"{folder} is no finished run of greg.py train, or SCORES lacks its score")
     config = saved_config(state["config"])
     net = load_weights(ARCHS[config.arch](len(state["net"]["fc.bias"])), folder, state)
@@ -2541,7 +2526,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
 
 # The paper's tables: "number data networks sets metrics", whose product is the columns, then rows
 # "label, method (or a score of ce), figures", one a line or after a |.
-_PAPER = """
+_PAPER = """\
 1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP msp 58.04 90.49 51.52 90.8 52.56 91.7
 ODIN odin 34.46 91.59 35.23 89.82 24.88 94.42 | Energy_score ce 39.32 92.24 33.4 91.76 28.99 94.09
 ReAct react 39.44 92.30 37.54 91.49 25.83 95.27 | DICE dice 42.40 91.25 34.12 91.74 26.37 94.61
@@ -2575,12 +2560,10 @@ POEM_+_Grad poem+grad 23.87 95.41 47.94 86.63
 5 cifar100 densenet100 mean fpr95,auroc | POEM poem 59.33 79.81 | DOS dos 34.92 93.22
 Energy_only_clustering energy+sampling 31.77 93.20 | GReg+ greg+ 30.55 93.38
 6 cifar10 wrn40_2,densenet100 ID accuracy | Clean ce 94.84 94.03 | Energy_loss energy 88.15 91.82
-GReg greg 89.55 92.14 | DOS dos 78.90 87.06 | GReg+ greg+ 83.06 89.89
-"""
-_TABLES = [re.split(r"[|\n]", text) for text in re.split(r"\n(?=\d)", _PAPER.strip())]
-PAPER = {int(head.split()[0]): [row.split() for row in rows] for head, *rows in _TABLES}
-_HEADS = ([words.split(",") for words in head.split()] for head, *_ in _TABLES)
-COLUMNS = {int(number): [*itertools.product(*words)] for (number,), *words in _HEADS}
+GReg greg 89.55 92.14 | DOS dos 78.90 87.06 | GReg+ greg+ 83.06 89.89"""
+_TABLES = [[row.split() for row in re.split(r"[|\n]", t)] for t in re.split(r"\n(?=\d)", _PAPER)]
+PAPER = {int(head[0]): rows for head, *rows in _TABLES}
+COLUMNS = {int(n): [*itertools.product(*(v.split(",") for v in row))] for (n, *row), *_ in _TABLES}
 SEEDS = [0, 1, 2]  # where --seeds names none
 
 
@@ -2636,8 +2619,7 @@ def run_folder(runs: Path, c: Config) -> Path:
 
 def table_runs(args: argparse.Namespace) -> dict[Path, Config]:
     """The runs that a table needs, by their folders, pre-training before what starts from it."""
-    given, names = chosen(args), (name for _, name, *_ in PAPER[args.number])
-    known = [name if name in METHODS else "ce" for name in names]
+    given, known = chosen(args), [m if m in METHODS else "ce" for _, m, *_ in PAPER[args.number]]
     methods = args.methods or known
     if odd := sorted({*methods} - {*known}):
         raise ValueError(f"table {args.number} has no row of {odd}, but of {sorted({*known})}")
@@ -2678,8 +2660,7 @@ def figure_3(folders: Sequence[Path], path: Path) -> None:
     """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's checkpoint."""
     energy, slope = {}, {}
     for folder in folders:
-        rows = [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]
-        if not rows:
+        if not (rows := [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]):
             raise ValueError(f"{folder} has no log of a run with auxiliary data")
         energy[str(folder)] = [(row["epoch"], row["probe_energy"]) for row in rows]
         slope[str(folder)] = [(row["epoch"], row["probe_gradient_in"]) for row in rows]
@@ -2797,8 +2778,7 @@ def command_demo(args: argparse.Namespace) -> None:
     say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {seeds}. Attacked (ℓ2 0.25): OOD to
 look ID, ID to be rejected. What to look at: the energy loss should lower FPR95; the
 gradient term (greg) ‖∇S‖, and with it what attacks achieve.""")
-    folders = [runs / method / f"seed{seeds[0]}" for method in ("energy", "greg")]
-    figure_scores(folders, runs / "scores.png")
+    figure_scores([runs / m / f"seed{seeds[0]}" for m in ("energy", "greg")], runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
 
 
@@ -2864,8 +2844,7 @@ def command_table(args: argparse.Namespace) -> None:
         if chosen(args) or args.methods or args.archs or args.dry_run or args.seeds:
             raise ValueError("options choose among the runs of a table: name its number, 1 to 6")
         at = sorted(glob.iglob("**/results.json", root_dir=args.runs, recursive=True))  # links too
-        results = [read_results((args.runs / p).parent) for p in at]
-        if not results:
+        if not (results := [read_results((args.runs / p).parent) for p in at]):
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs, results = table_runs(args), []
@@ -3000,11 +2979,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.zeros(0, device=f"cuda:{local}" if local and name == "cuda" else name).device
         if local and not torch.distributed.is_initialized():
-            if device.type == "cuda":
+            if cuda := device.type == "cuda":
                 torch.cuda.set_device(device)
             slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
-            kind = "nccl" if device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(kind, timeout=slow)
+            torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=slow)
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"no device {name!r}, or torchrun's processes do not meet: {e}") from None
     return device
