@@ -264,7 +264,7 @@ def greg_loss(
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x))
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: shares
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -1152,8 +1152,8 @@ def open_image(path: str | Path) -> Any:
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
-            image.getexif()  # kept; its bytes go, or odd tags in them would stop the turning
-            image.info.pop("exif", None)
+            image.getexif()  # Pillow keeps what it read; without the bytes exif_transpose need not
+            image.info.pop("exif", None)  # write them anew, which fails for odd tags
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in "IF":  # more than 8 bits a channel, which Pillow would clip
                 low, high = image.convert("I").getextrema()
@@ -1282,10 +1282,10 @@ class Files(torch.utils.data.Dataset):
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
-    if loose := [p.name for p in entries if p.is_file()]:
-        remark(f"{folder}: left out {len(loose)} files in no class folder: {loose[0]} …")
     if not (names := [p.name for p in entries if p.is_dir()]):
         raise ValueError(f"{folder} has no folder of images for each class")
+    if loose := [p.name for p in entries if p.is_file()]:
+        remark(f"{folder}: left out {len(loose)} files in no class folder: {loose[0]} …")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
 
 
