@@ -256,6 +256,8 @@ def greg_loss(
     backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
+    if x_in.is_floating_point() != x_aux.is_floating_point():
+        raise ValueError(f"x_in is {x_in.dtype}, x_aux {x_aux.dtype}: normalise both")
     for m in net.modules() if lambda_grad else ():
         # Left by torch.compile(m), m.compile() and DDP's static_graph=True; by compile(m.forward):
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
@@ -1026,12 +1028,14 @@ class Images(NamedTuple):
     y: Tensor | None = None
     classes: tuple[str, ...] = ()
 
-    def take(self, index: slice | Tensor) -> Images:
-        """Some of the images; files stay files."""
-        return self._replace(x=self.x[index], y=None if self.y is None else self.y[index])
+    def some(self, n: int) -> Images:
+        """n of the images, or all, at random, as a set may be sorted; files stay files."""
+        order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
+        i = order[: max(n, 0)].sort().values
+        return self._replace(x=self.x[i], y=None if self.y is None else self.y[i])
 
-    def pixels(self, index: slice | Tensor) -> Tensor:
-        """Some of the images, uint8 [n,H,W,3]; files by `load_image`, in threads."""
+    def pixels(self, index: slice | Tensor = slice(None)) -> Tensor:
+        """Of some or all images, uint8 [n,H,W,3]; files by `load_image`, in threads."""
         if not isinstance(x := self.x[index], Files):
             return x
         with ThreadPoolExecutor() as pool:
@@ -1184,7 +1188,7 @@ LITTER = ("__MACOSX", "@eaDir")  # folders that archives and servers add
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """All images below a folder, in a fixed random order: the first N stand for them all."""
+    """All images below a folder, sorted; what else there is, is counted and named."""
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
@@ -1198,7 +1202,7 @@ def image_files(folder: str | Path) -> list[str]:
         remark(f"{folder}: left out {len(other)} files that are no images: {other[0]} …")
     if not kept:
         raise ValueError(f"no images below {folder}, such as .png, .jpg or .webp files")
-    return [kept[i] for i in torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))]
+    return kept
 
 
 def read_arrays(path: Path) -> dict[str, Tensor]:
@@ -1221,7 +1225,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def check_set(images: Images, size: int, what: str) -> Images:
-    """The set, shuffled if its labels are sorted; ValueError naming what is wrong with it."""
+    """The set; ValueError naming what is wrong with it."""
     x, y, classes = images
     if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3) or not len(x):
         raise ValueError(f"{what} must be uint8 [N,{size},{size},3], got {x.dtype} {list(x.shape)}")
@@ -1229,11 +1233,10 @@ def check_set(images: Images, size: int, what: str) -> Images:
         return images
     if y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
-    if odd := sorted({*y.tolist()} ^ {*range(len(classes))})[:9]:
-        raise ValueError(f"{what} needs all labels 0..{len(classes) - 1}; missing or beyond: {odd}")
-    images = images._replace(y=y.long())
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    return images if (images.y.diff() < 0).any() else images.take(order)  # so --n-train is fair
+    K = max(2, len(classes))  # one class alone has no loss
+    if odd := sorted({*y.tolist()} ^ {*range(K)})[:9]:
+        raise ValueError(f"{what} needs all labels 0..{K - 1}; missing or beyond: {odd}")
+    return images._replace(y=y.long())
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
@@ -1294,7 +1297,7 @@ def class_images(folder: Path, names: Sequence[str], size: int, lazy: bool = Fal
     found = [(f, y) for y, n in enumerate(names) for f in image_files(folder / n)]
     files, y = zip(*found, strict=True)
     images = Images(Files(files, size), torch.tensor(y), tuple(names))
-    return images if lazy else images._replace(x=images.pixels(slice(None)))
+    return images if lazy else images._replace(x=images.pixels())
 
 
 # ---- Published sets: name, address, md5, what it becomes below the root, number of images.
@@ -1338,7 +1341,7 @@ def published(name: str, root: str | Path, download: bool) -> Any:
             raise OSError(f"{path}, of {url}, is absent, or damaged: then delete it")
         return path
     except (OSError, RuntimeError) as e:
-        raise FileNotFoundError(f"{name} is not complete in {root}: {e}; try --download") from None
+        raise FileNotFoundError(f"{name} is not complete in {root}: {e} (--download)") from None
     finally:
         if rank == 0 and ranks > 1:
             torch.distributed.barrier()
@@ -1359,7 +1362,7 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
 def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
     """Training and test `Images`: cifar10, cifar100, synthetic, imagenet[:CLASSES]; an .npz with
     x_train, y_train, x_test, y_test; or a folder of train|test/CLASS folders, made size×size."""
-    (kind, _, classes), path = name.partition(":"), Path(name).expanduser()
+    (kind, _, classes), path = str(name).partition(":"), Path(name).expanduser()
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
     if kind == "imagenet":
@@ -1371,7 +1374,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
         names = class_folders(path / "train")
         if odd := sorted({*names} ^ {*class_folders(path / "test")})[:9]:
             raise ValueError(f"{path}/train and test: class folders that are in one only: {odd!a}")
-        remark(f"the images of {path} become {size}×{size} (--size)")
+        remark(f"the images of {path} become {size}×{size} (--size); classes: {names[:3]} ...")
         sets = [class_images(path / part, names, size) for part in ("train", "test")]
     else:
         arrays, keys = read_arrays(path), ("x_train", "y_train", "x_test", "y_test")
@@ -1396,7 +1399,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
         if not path and len(files) != (count := float(SOURCES[name][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
         edge = 2 if name == "lsun_c" and not path else 0  # its images are 36×36: cropped
-        x = Images(Files(files, size + 2 * edge)).pixels(slice(None if path else 10_000))
+        x = Images(Files(files, size + 2 * edge)).some(len(files) if path else 10_000).pixels()
         return Images(x[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
     fits = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
@@ -1413,7 +1416,7 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     """Auxiliary outliers: "random300k", "synthetic", a path (see `unlabelled`), or the training
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, names = name.partition(":")
-    if kind == "imagenet":  # shuffled by check_set
+    if kind == "imagenet":
         return Images(check_set(load_imagenet("aux", Path(root, kind), names, size), size, name).x)
     path = "" if name in ("synthetic", "random300k") else name
     images = unlabelled("aux" if name == "synthetic" else name, path, root, download, size, "train")
@@ -1426,7 +1429,7 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, equals, path = item.partition("=")
-        odd = not path or name in ("", "id", "mean") or "/" in name or not name.isprintable()
+        odd = not path or name in ("", "id", "mean") or {*"/$"} & {*name} or not name.isprintable()
         if name in sets or (equals and odd):
             raise ValueError(f"--ood {item}: the name {name!r} is taken or unfit, or has no path")
         if not path and name not in known:
@@ -1559,7 +1562,7 @@ class Config:
     wd: float = option(None, "weight decay (recipe)")
     candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
     aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
-    n_train: int = option(0, "cut the ID training set to its first N images (0: all)")
+    n_train: int = option(0, "train on N of the ID images, at random (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
     m_aux: float = option(-7.0, "margin of auxiliary scores, Eqs. (1) and (3)")
@@ -1740,8 +1743,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
             shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
             raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
-        if not theirs[its].isfinite().all():
-            raise ValueError(f"{path} has a NaN or an infinity in {its}: a run that diverged?")
+        if not (theirs[its].is_floating_point() and theirs[its].isfinite().all()):
+            raise ValueError(f"{path} has NaN, infinity or integers in {its}: it diverged?")
     net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)  # counters
     return net
 
@@ -1846,10 +1849,11 @@ def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]
     return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
 
 
+@torch.inference_mode(False)  # with gradients, whatever the caller's mode
 def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
     """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in the space of x."""
     with eval_mode(net), torch.autocast(x.device.type, enabled=False):
-        x = x.detach().requires_grad_()
+        x = x.clone().detach().requires_grad_()
         return gradient_norm(energy_score(net(x)), x).detach()
 
 
@@ -1862,6 +1866,7 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
 
 
 # ---- The loop.
+CODE = hashlib.sha256(Path(globals().get("__file__", os.devnull)).read_bytes()).hexdigest()[:12]
 SAVE_SECONDS = 600  # between saves within an epoch
 SIGNALS = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
@@ -2087,16 +2092,16 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
-    """Add to `row` what Figure 3 shows of the first 256 images, in eval mode; log `row`."""
+    """Add to `row` what Figure 3 shows of 256 images, in eval mode; log `row`."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
-        x = to_input(run, images.pixels(slice(256)))
+        x = to_input(run, (images := images.some(256)).pixels())
         logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x)), f"probe {kind}")
         gradient = torch.cat([input_gradients(run.net, part) for part in parts]).mean().item()
         s[kind] = energy_score(logits)
         row |= {f"probe_s_{kind}": s[kind].mean().item(), f"probe_gradient_{kind}": gradient}
         if kind == "in":
-            hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y[:256]
+            hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y
             row["probe_accuracy"] = hit.float().mean().item()
     if run.aux_set:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
@@ -2290,7 +2295,7 @@ def evaluate(
         rows = [score_images(net, x, K, fit, names) for x in parts(images, f"score {key}")]
         columns = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
         raw |= {f"{name}/{key}": v for name, v in zip(("class", *names), columns, strict=True)}
-        few = parts(images.take(slice(1000)), f"‖∇S‖ {key}")
+        few = parts(images.some(1000), f"‖∇S‖ {key}")
         norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
     accuracy = (raw["class/id"] == test_set.y.cpu()).double().mean().item()
     if accuracy <= 1 / K + len(test_set.x) ** -0.5:
@@ -2299,12 +2304,11 @@ def evaluate(
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
     for sets in metrics.values():
         sets["mean"] = {k: statistics.fmean(m[k] for m in sets.values()) for k in keys}
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     results = {"config": asdict(c), "score": METHODS[c.method].score, "accuracy": accuracy}
     results |= {"gamma": {n: threshold(raw[f"{n}/id"]) for n in names}, "metrics": metrics}
     results |= {"gradient_norm": norms, "device": card, "processes": world()[1], "argv": sys.argv}
-    results |= {"torch": torch.__version__, "python": platform.python_version(), "greg": code}
+    results |= {"torch": torch.__version__, "python": platform.python_version(), "greg": CODE}
     return results, raw
 
 
@@ -2319,7 +2323,8 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
         ood = load_ood(c.ood or own, c.root, c.download, train_set.x.shape[1])
         keep_apart("ID", (train_set, test_set), ood, 1.0)  # 1: a remark, never an error
-    return train_set.take(slice(c.n_train or None)), test_set, ood
+        keep_apart("training", (train_set,), {"the ID test set": test_set}, 1.0)
+    return train_set.some(c.n_train) if c.n_train else train_set, test_set, ood
 
 
 def train(config: Config, folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -2334,11 +2339,14 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         known |= {"synthetic"} if {*_OOD} <= known else set()
         if not all(any(same_path(old, new) for old in known) for new in c.ood):
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
+        remark(f"{folder} is finished: its results are read")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
-    if config.aux and not c.aux:
-        remark(f"--aux is left out: {c.method} takes none")
+    idle = () if METHODS[c.method].gradient else ("lambda_grad", "reduction", "grad_every")
+    idle = [k for k in idle if getattr(c, k) != getattr(Config, k)]
+    if idle := idle + ["aux"] * bool(config.aux and not c.aux):
+        remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
         train_set, test_set, ood = load_sets(c)
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
@@ -2456,16 +2464,16 @@ def certify_report(
     return report
 
 
-def certify_run(folder: Any, device: Any, first: int, given: dict, **options: Any) -> dict:
-    """`certify_report` of a run on the `first` images of each set; `given`: other data options."""
+def certify_run(folder: Any, device: Any, n_images: int, given: dict, **options: Any) -> dict:
+    """`certify_report` of a run on `n_images` of each set; `given`: other data options."""
     net, c, state = load_run(folder, device)
     if state["score"] != "energy" or METHODS[c.method].extra_class:
         raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, test_set.x.shape[1], folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
-    sets, part = {"id": test_set, **ood}.items(), slice(max(first, 0))
-    x = {name: normalise(v.pixels(part).to(device), (0,), (1,)) for name, v in sets}  # x / 255
+    few = {name: v.some(n_images).pixels() for name, v in {"id": test_set, **ood}.items()}
+    x = {name: normalise(v.to(device), (0,), (1,)) for name, v in few.items()}  # x / 255
     return certify_report(model, x.pop("id"), x, gamma=state["gamma"], **options)
 
 
@@ -2508,6 +2516,8 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             name = c.method + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
             seeds = tables.setdefault((c.id, paths, *sets), {}).setdefault((name, alike), {})
+            if c.seed in seeds:
+                remark(f"warning: {name}, seed {c.seed}, is there twice, with the same options")
             seeds[c.seed] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
     for (data, _, *sets), rows in tables.items():
         lines = []
@@ -2678,7 +2688,7 @@ def figure_scores(folders: Sequence[Path], path: Path) -> None:
         sets = {k: arrays[f"{score}/{k}"] for k in results["gradient_norm"]}
         panel.hist([*sets.values()], 80, density=True, label=[*sets], histtype="step")
         panel.axvline(results["gamma"][score], color="black", linestyle="--", label="γ")
-        panel.set(title=str(folder), xlabel="score S (low: ID)", ylabel="density")
+        panel.set(title=str(folder).replace("$", r"\$"), xlabel="S (low: ID)", ylabel="density")
         panel.legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
@@ -2823,7 +2833,7 @@ def command_predict(args: argparse.Namespace) -> int:
     net, c, state = load_run(args.run, args.device)
     gamma, name, classes = state["gamma"], state["score"], state["classes"]
     fit, lines, code = Fit(post_hoc(c.id, c.arch, len(classes)), STATS[c.stats][1]), [], 0
-    paths = [f for p in args.images for f in (sorted(image_files(p)) if p.is_dir() else [str(p)])]
+    paths = [f for p in args.images for f in (image_files(p) if p.is_dir() else [str(p)])]
     try:
         for path in bar(paths, "predict"):
             try:
@@ -2924,7 +2934,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {  # what argparse is told of all but Con
     "--seeds": dict(type=int, nargs="+", action="extend", help="seeds (0 1 2)"),
     "--archs": dict(nargs="+", action="extend", choices=ARCHS, help="other networks"),
     "--methods": dict(nargs="+", action="extend", choices=METHODS, help="some of its methods"),
-    "--images": dict(type=int, default=200, help="images of each set (default: 200)"),
+    "--images": dict(type=int, default=200, help="images of each set, at random (default: 200)"),
     "--eps": dict(type=float, nargs="+", action="extend", help="ℓ2 radii (0.05 0.1 0.25 0.5)"),
     "--sigma": dict(type=float, default=0.1, help="noise of smoothing (default: 0.1)"),
     "--draws": dict(type=int, default=500, help="draws an image; 0: no smoothing (500)"),
@@ -2981,6 +2991,7 @@ def pick_device(name: str) -> torch.device:
         if local and not torch.distributed.is_initialized():
             if cuda := device.type == "cuda":
                 torch.cuda.set_device(device)
+            remark(f"process {os.environ.get('RANK')} waits for the others")
             slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
             torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=slow)
     except (RuntimeError, AssertionError, ValueError) as e:
@@ -2994,7 +3005,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without λ gets a replacement, not an error
             stream.reconfigure(errors="replace")
     try:
-        if "" in (words := sys.argv[1:] if argv is None else argv):  # Path("") is here
+        if "" in (words := [*map(str, sys.argv[1:] if argv is None else argv)]):  # Path("") is here
             raise ValueError("an argument is empty: a variable that is not set?")
         args = parser().parse_args(words)
         args.device = pick_device(args.device)
