@@ -1984,10 +1984,10 @@ def test_figure_1_draws_both_nets_and_no_attack_is_inside_a_certified_ball(tmp_p
             assert len(ratios) == 4 and min(ratios) == ratios[-1] >= 1  # the best bound is last
             assert row[f"{side} attack"] >= row[f"{side} radius"] > 0 < row[f"‖∇S‖ {side}"]
         assert row["FPR95"] < 0.1 and len(panel.patches) >= 10 and panel.get_xlim()[1] == 2.2
-    x_in, y, x_aux = greg.toy(200, generator(0))
+    (x_in, y, x_aux), drew = greg.toy(200, generator(0)), [*tmp_path.iterdir()]
     corners = torch.tensor([[0, 1], [-(3**0.5) / 2, -0.5], [3**0.5 / 2, -0.5]])
     assert (x_in - corners[y]).std() == pytest.approx(0.13, abs=0.02) and len(x_aux) == 200
-    assert 2.8 < x_aux.abs().max() <= 3 and 0.65 < torch.cdist(x_aux, corners).min() < 0.8
+    assert drew and 2.8 < x_aux.abs().max() <= 3 and 0.65 < torch.cdist(x_aux, corners).min() < 0.8
 
 
 def test_figures_show_what_was_logged_scored_and_certified(lab, cli, tmp_path, drawn, monkeypatch):
