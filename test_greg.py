@@ -129,14 +129,14 @@ def test_a_score_on_its_margin_is_on_the_right_side_and_a_zero_gradient_has_norm
 
 
 def test_the_defaults_are_those_of_the_papers():
-    defaults = {
+    own = {
         greg.energy_loss: (-25, -7), greg.poem_posterior: (20, 0.5), greg.conv_norm: (1, 0, 1, 1),
         greg.greg_loss.__wrapped__: (-25, -7, 0.1, 1, "paper", greg.energy_score, None),
         greg.balanced_energy_loss: (-25, -7, 10, 0.05), greg.kmeans: (3, 100, 1e-4, None),
         greg.gradient_loss: (-25, -7, "paper"), greg.quantile_mining: (0.125,),
         greg.odin: (1000, 0.0014, (1,), None), greg.fpr_at_tpr: (0.95,), greg.threshold: (0.95,),
     }  # fmt: skip
-    assert {f: f.__defaults__ for f in defaults} == defaults
+    assert {f: f.__defaults__ for f in own} == own and greg.attack.__wrapped__.__defaults__[0] == 20
 
 
 def test_other_scores_and_losses_take_the_places_of_s_and_equation_1_and_all_are_float32():
