@@ -251,9 +251,9 @@ def greg_loss(
     [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
     4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
     ∇S is with respect to x as passed (normalised, say); no gradient flows back into x. ValueError:
-    m_in >= m_aux or an empty side in Eq. (1); with Eq. (3) on, a part of `net` that is compiled or
-    in DDP with static_graph, which may lose second derivatives. With checkpointed attention, call
-    backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
+    m_in >= m_aux, an empty side in Eq. (1), floats beside integers; with Eq. (3) on, a part of
+    `net` that is compiled or in DDP with static_graph, which may lose second derivatives. With
+    checkpointed attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     if x_in.is_floating_point() != x_aux.is_floating_point():
@@ -2658,7 +2658,7 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
     figure, axes = grid(len(panels), 4.5, 3.2)
     for panel, (title, lines) in zip(axes, panels.items(), strict=True):
         for label, points in lines.items():
-            panel.plot(*zip(*points, strict=True), label=label)
+            panel.plot(*zip(*points, strict=True), label=label.replace("$", r"\$"))
         panel.set(title=title, xlabel=x, ylabel=y)
         panel.legend(fontsize=7)
     figure.savefig(path, dpi=150)
