@@ -2035,8 +2035,10 @@ def train_epoch(run: Run) -> None:
             out.loss.backward()
             return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
 
-        if c.cuda_graph and not context:  # of openmix, balanced it is new at each step
+        if c.cuda_graph and not context:  # a context is new at each step
             graph = graph or Graphed(differentiate)  # of the first step: options do not change
+        elif c.cuda_graph and not t:
+            remark(f"{c.method} takes plain steps: its loss is given something new at each")
         out = (graph or differentiate)(x_in, y_in, x_aux)
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
         run.optimizer.step()
