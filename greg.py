@@ -84,7 +84,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels; a Residual, as Section 4 treats both alike."""
+    """x -> [x, body(x)] along the channels; certificates take it for a kind of Residual."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -197,7 +197,7 @@ def energy_score(logits: Tensor) -> Tensor:
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
     """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², over
-    all of s_in [n] and all of s_aux [m], neither empty -> scalar. Margins: the authors' code."""
+    all of s_in [n] and all of s_aux [m], neither empty -> scalar. Margins: the authors' code's."""
     if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
         raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
@@ -222,7 +222,7 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    It counts what Eq. (1) leaves out. s [N]: scores of x [N,...], the first n_in in-distribution.
+    By `gradient_norm`, of what Eq. (1) leaves out. s [N]: scores of x [N,...], the first n_in ID.
     reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
@@ -259,7 +259,7 @@ def greg_loss(
     if x_in.is_floating_point() != x_aux.is_floating_point():
         raise ValueError(f"x_in is {x_in.dtype}, x_aux {x_aux.dtype}: normalise both")
     for m in net.modules() if lambda_grad else ():
-        # Left by torch.compile(m), m.compile() and DDP's static_graph=True; by compile(m.forward):
+        # What torch.compile(m), m.compile(), DDP(static_graph=True), and compile(m.forward) leave.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
@@ -276,7 +276,7 @@ def greg_loss(
 
 # ---- Auxiliary losses of other methods.
 def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-    """Outlier Exposure (Hendrycks et al. 2019): cross-entropy of f_aux to uniform, minus ln K."""
+    """Outlier Exposure (Hendrycks et al. 2019): KL(uniform ‖ softmax f_aux), in the mean."""
     return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
 
 
@@ -318,7 +318,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = _logits(net(x))
     for _, args, output in caught:
-        if args and output is f and f.dim() == 2:  # the very tensor: nothing made a new one
+        if args and output is f and f.dim() == 2:  # f itself, not made anew; z by position
             return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -330,8 +330,8 @@ def kmeans(
 
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
-    An empty cluster moves to the point worst served by its own. With fewer than k distinct points,
-    or stopped early, some stay empty. ValueError unless x is finite [N,d] and 1 <= k <= N."""
+    An empty cluster moves to the point farthest from its centroid. With fewer than k points that
+    differ, or stopped early, some stay empty. ValueError unless x is finite [N,d], 1 <= k <= N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -346,11 +346,11 @@ def kmeans(
             c, moved = _seeds(x, square, k, generator), math.inf
             for i in range(max_iter + 1):  # assign, then move, unless this is the end
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square  # above ‖c‖² - 2 x·c of the nearest c, with ‖x‖² it is ‖x - c‖²
+                distance += square  # so far ‖c‖² - 2 x·c of the nearest c, now ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
                 size, order = labels.bincount(minlength=k), labels.argsort(stable=True)
-                # Means of x[order], from each cluster's first row; the order of sums is fixed.
+                # Each cluster's mean, its rows side by side: in a fixed order, index_add_ in none.
                 means = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
                 means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]  # farthest
                 moved, c = (means - c).square().sum(), means
@@ -362,11 +362,12 @@ def kmeans(
 def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], among at most 16 k points drawn half
     uniformly, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018). The
-    first drawn is the first seed; each next, the best of 2 + ⌊ln k⌋ drawn ∝ `closest`."""
+    first drawn is the first seed; each next, the best of 2 + ⌊ln k⌋ drawn ∝ its squared distance to
+    the seeds before."""
     weight = square + square.mean() + 1e-30  # far half, uniform half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
-    distances, tries = torch.cdist(sample, sample).square(), 2 + int(math.log(k))
-    chosen, closest = [sample[0]], distances[0]
+    distances = torch.cdist(sample, sample).square()
+    chosen, closest, tries = [sample[0]], distances[0], 2 + int(math.log(k))
     for _ in range(1, k):
         i = torch.multinomial(closest + 1e-30, tries, replacement=True, generator=generator)
         nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest` with each try
@@ -377,11 +378,11 @@ def _seeds(x, square, k, generator):
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices of N candidates, given features z [N,d], scores s [N].
+    """Algorithm 1: 2k distinct indices, in random order, of N candidates: z [N,d], scores s [N].
 
     From each of k clusters of the normalised features the `ends` of its ranking by score: the
-    lowest for Eq. (1), the highest for Eq. (3) (here both see all 2k). Where a cluster has one
-    member or none, random candidates fill in. ValueError: too few, or a NaN score.
+    lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a
+    cluster has one member or none, random ones fill in. ValueError: too few, or a NaN score.
     DOS (Jiang et al. 2024) takes from each cluster the lowest s = p_{K+1} alone: ends=(0,)."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
@@ -400,22 +401,22 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
 # ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
-    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after a share q of lower ones."""
+    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} above the share q of them."""
     first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
     return s.argsort(stable=True)[first : first + n].sort().values  # by index again
 
 
-def poem_posterior(gram: Tensor, zy: Tensor, sigma=20.0, sigma_n=0.5) -> tuple[Tensor, Tensor]:
+def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
     """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features. gram = Z'Z
-    [d,d], zy = Z'y [d]; sigma, sigma_n are variances (prior, noise) -> the posterior's mean [d] and
+    [d,d], zy = Z'y [d]; var, var_noise: the prior's and the noise's -> the posterior's mean [d] and
     the Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
     if gram.dtype != torch.float64 or zy.dtype != torch.float64:
         raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
-    precision = gram / sigma_n + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / sigma
+    precision = gram / var_noise + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / var
     factor = torch.linalg.cholesky(precision)
-    return torch.cholesky_solve(zy[:, None] / sigma_n, factor)[:, 0], factor
+    return torch.cholesky_solve(zy[:, None] / var_noise, factor)[:, 0], factor
 
 
 def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
@@ -428,8 +429,10 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # 4  Certificates (Section 5, Eq. (4))
 # Needs: Net, Residual, Concat, Normalize (1), energy_score, _logits (2), and SciPy for smoothing.
 
+# Eq. (4) wants L_S: for all x `lipschitz_global`, on a ball `lipschitz_local`, where the network is
+# linear `linear_region` with `id_radius`, `ood_radius`. `certify` takes them all.
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. Norms go up by 1e-9, in `certify` radii down by it, local boxes up by
+# in the units of its input. Norms go up by 1e-9, radii and probabilities down, local boxes up by
 # 1e-14: enough for float64's rounding unless sums cancel, not for a network run in float32.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
@@ -440,8 +443,8 @@ Attack = namedtuple("Attack", "x s flipped distance")
 def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
-    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ may
-    not be such an L_S: see `id_radius`. lipschitz, eps: numbers or [N]; ValueError: < 0 or NaN."""
+    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ will
+    do for ID alone (`id_radius`, `ood_radius`). lipschitz, eps >= 0: numbers or [N]; ValueError."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
@@ -491,30 +494,30 @@ def _layers(m):
     return [m] if parts is None else [v for part in parts for v in _layers(part)]
 
 
-def _linear(m, x, f):
-    """The linear part f(W) x of an affine layer W x + b: f the identity, modulus or square."""
+def _linear(m, x, of):
+    """The linear part of(W) x of an affine layer W x + b: the identity, modulus or square of W."""
     if type(m) is nn.Conv2d:
-        return F.conv2d(x, f(m.weight), None, m.stride, m.padding)
+        return F.conv2d(x, of(m.weight), None, m.stride, m.padding)
     if type(m) is nn.Linear:
-        return F.linear(x, f(m.weight))
+        return F.linear(x, of(m.weight))
     if type(m) is nn.BatchNorm2d:
-        return x * f(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
+        return x * of(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
     if type(m) is Normalize:
         _demand(m, (x / m.std).shape == x.shape)  # nothing is broadcast
-        return x * f(1 / m.std)
+        return x * of(1 / m.std)
     return m(x)  # pools and the like; squares stop before them
 
 
-def _carry(net, c, r, relu, f, tiny=0.0):  # r: derivatives of c (region) or radii around c (local)
-    """Affine layers: W c + b and f(W) r, r first wider by tiny (|c| + r); ReLUs: relu(c, r)."""
+def _carry(net, c, r, relu, of, tiny=0.0):  # r: derivatives of c (region) or radii around c (local)
+    """Affine layers: W c + b and of(W) r, r first wider by tiny (|c| + r); ReLUs: relu(c, r)."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
-            both = zip(*(_carry(v, c, r, relu, f, tiny) for v in (m.shortcut, m.body)), strict=True)
-            c, r = (a + b if type(m) is Residual else torch.cat([a, b], 1) for a, b in both)
+            a, b = (_carry(v, c, r, relu, of, tiny) for v in (m.shortcut, m.body))  # (c, r) of each
+            c, r = map(torch.add if type(m) is Residual else lambda *v: torch.cat(v, 1), a, b)
         else:
-            c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), f)
+            c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), of)
     return c, r
 
 
@@ -522,9 +525,9 @@ def _carry(net, c, r, relu, f, tiny=0.0):  # r: derivatives of c (region) or rad
 def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: int = 1) -> float:
     """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
 
-    It is part of the circular one on a torus of sides s m >= hw + 2 padding, of no smaller norm and
-    block-diagonal in Fourier space (Sedghi et al. 2019): block b < m holds the frequencies b + a m,
-    a < s, side by side. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
+    It is a part of the circular one on a torus of sides s m >= hw + 2 padding, whose norm is no
+    smaller; that is block-diagonal in Fourier space (Sedghi et al. 2019): block b < m holds the
+    frequencies b + a m, a < s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
     w, sizes = weight.detach().cpu().double(), []
@@ -563,7 +566,7 @@ def _propagate(net, x, w):
             w = _linear(m, w.view(1, -1, 1, 1), torch.abs).flatten()
         elif type(m) in (nn.AvgPool2d, nn.MaxPool2d):  # a pixel is in so many windows
             size, stride = _pair(m.kernel_size), _pair(m.stride)
-            windows = math.prod(-(-k // s) for k, s in zip(size, stride, strict=True))
+            windows = math.prod(math.ceil(k / s) for k, s in zip(size, stride, strict=True))
             w = w * math.sqrt(windows / (1 if type(m) is nn.MaxPool2d else math.prod(size)))
         elif type(m) is nn.AdaptiveAvgPool2d:
             w = w / math.sqrt(hw.numel())
@@ -578,7 +581,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
     As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks. NotImplementedError, as below, if a layer has no rule."""
+    networks. NotImplementedError, as in `lipschitz_local`, if a layer has no rule."""
     x = next(net.parameters(), torch.zeros(())).new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
     last = layers.pop().weight if layers and type(layers[-1]) is nn.Linear else None
@@ -631,7 +634,8 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
     z, A, m, slope = _tangent(z, A, gamma)
     if m <= 0:
         return 0.0
-    a, R = A.norm(dim=1), torch.pdist(A).max().item() if len(A) > 1 else 0.0
+    R = torch.pdist(A).max().item() if len(A) > 1 else 0.0
+    a = A.norm(dim=1)
     low, high = 0.0, ((-gamma - z) / a).min().item()  # high: where one term of LSE alone is -γ
     for _ in range(70):
         r = (low + high) / 2
@@ -673,11 +677,11 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
     c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # through diagonal layers and one W: the ball's box, c ± eps √squares
+        m = layers.pop(0)  # to the first W, which maps the ball into a box: eps ‖row of W‖, squared
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
         if type(m) in (nn.Conv2d, nn.Linear):  # exact here, unsound if carried through a second W
             break
-    r = r + eps.view(-1, *[1] * (c.dim() - 1)) * squares.sqrt()
+    r = r + eps.view([-1] + [1] * (c.dim() - 1)) * squares.sqrt()
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs, 1e-14)
     z_low, z_high = (c - r).detach(), (c + r).detach()
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)  # -∂S/∂z_i = σ(z_i - rest_i)
@@ -707,7 +711,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 # ---- Randomised smoothing: a certificate for networks of any depth, but of another detector.
 @torch.no_grad()
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
-    """Scores of x [N,...] under n draws of N(0, σ²) noise: [N,n]. Their medians: the smoothed S."""
+    """`score` of images x [N,...] under n draws of N(0, σ²): [N,n]; its medians: the smoothed S."""
     rows = []
     for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
@@ -749,7 +753,7 @@ def attack(
 
     Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
     lowers S of all x, +inf raises it, with no flips. Start 1 is x, others random; steps fall from
-    eps / 2 (odd starts) or 2 eps (even). clamp=(0, 1): images. ValueError: bad eps, x, γ, S."""
+    eps / 2 (starts 1, 3, ...) or 2 eps. clamp=(0, 1): images. ValueError: bad eps, x, γ, S."""
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
     odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
     odd = odd or math.isnan(gamma) or min(steps, restarts) < 1
@@ -771,7 +775,7 @@ def attack(
             u = (near.detach().double() - x).flatten(1)  # what rounding and clamping left of u
             i = (sign * s > sign * s_worst) & (u.norm(dim=1) <= eps)  # the rows that improve
             worst[i], s_worst[i], distance[i] = near.detach()[i], s.detach()[i], u.norm(dim=1)[i]
-            step = (0.5, 2.0)[restart % 2] * (1 - t / (steps + 1))
+            step = (2.0 if restart % 2 else 0.5) * (1 - t / (steps + 1))
             u = u + step * limit * F.normalize(g.flatten(1).double(), eps=1e-30)
     flipped = (s_worst > gamma) == (sign > 0)
     return Attack(worst, s_worst, flipped, torch.where(flipped, distance, math.inf))
@@ -813,9 +817,10 @@ def odin(
     of x), in the direction that raises the predicted class's probability."""
     with eval_mode(net), torch.inference_mode(False):  # with gradients, whatever the caller's mode
         x = x.clone().detach().requires_grad_()
-        f = _logits(net(x))[:, :K] / T  # below, T times the loss: its 1 / T may underflow float16
-        (g,) = torch.autograd.grad(T * F.cross_entropy(f, f.argmax(1), reduction="sum"), x)
-        step = eps / x.new_tensor(std).view(1, -1, *[1] * (x.dim() - 2))
+        f = _logits(net(x))[:, :K] / T
+        loss = F.cross_entropy(f, f.argmax(1), reduction="sum")
+        (g,) = torch.autograd.grad(T * loss, x)  # T times: 1 / T may underflow float16
+        step = eps / x.new_tensor(std).view([1, -1] + [1] * (x.dim() - 2))
         f = _logits(net(x - step * torch.where(g < 0, -1.0, 1.0).to(x.dtype)))[:, :K].detach()
     return msp(f.double() / T)  # at T = 1000, float32 would make ties
 
@@ -871,9 +876,10 @@ class PostHoc(NamedTuple):
     line_clip: float = 1.0  # likewise
 
 
-# Keys: ID data, or ID data and network; the paper gives no values. Networks missing in a source:
-# ResNet-18 and WRN take LINe's DenseNet's, DenseNet-121 DICE's and LINe's ResNet-50's. Most of
-# DenseNet-BC's features are near 0: ReAct's percentile would clip the others, so LINe's clip.
+# Keys: ID data, or ID data and network; the paper gives no values. Where a source lacks a network,
+# ResNet-18 and WRN have LINe's values for DenseNet, DenseNet-121 DICE's and LINe's for ResNet-50.
+# Most of DenseNet-BC's features are near 0, so that ReAct's percentile would clip the others: it
+# has LINe's clip there.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
     ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
