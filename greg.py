@@ -209,7 +209,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     A mask is 0 or 1. In eval mode this is mask_i ‖∇S(x_i)‖; in training mode batch norm has every
     s_j depend on x_i, hence the mask inside the sum. s may be [N,1]. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
-        raise ValueError("need x.requires_grad_() before the forward pass, and no torch.no_grad()")
+        raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
     if g is None:
@@ -251,13 +251,14 @@ def greg_loss(
     [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
     4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
     ∇S is with respect to x as passed (normalised, say); no gradient flows back into x. ValueError:
-    m_in >= m_aux, an empty side in Eq. (1), floats beside integers; with Eq. (3) on, a part of
-    `net` that is compiled or in DDP with static_graph, which may lose second derivatives. With
-    checkpointed attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
+    m_in >= m_aux, an empty side in Eq. (1), unlike images; with Eq. (3) on, a part of `net` that is
+    compiled or in DDP with static_graph, which may lose second derivatives. With checkpointed
+    attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
-    if x_in.is_floating_point() != x_aux.is_floating_point():
-        raise ValueError(f"x_in is {x_in.dtype}, x_aux {x_aux.dtype}: normalise both")
+    if x_in.shape[1:] != x_aux.shape[1:] or x_in.is_floating_point() != x_aux.is_floating_point():
+        both = " and ".join(f"{x.dtype} {[*x.shape]}" for x in (x_in, x_aux))
+        raise ValueError(f"x_in and x_aux are {both}: normalise both, in one size")
     for m in net.modules() if lambda_grad else ():
         # What torch.compile(m), m.compile(), DDP(static_graph=True), and compile(m.forward) leave.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
