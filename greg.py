@@ -2,7 +2,8 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
-the paper, methods it compares with or cites, and what its certificates need; 7-9 run it.
+the paper, methods it compares with or cites, and what its certificates need; 7-9 run it. "Needs":
+what a section takes from others.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -1018,11 +1019,10 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     def tick():  # the clock goes on in a long step too, until the bar is closed
         while not progress.disable:
             time.sleep(0.5)
-            with tqdm.get_lock():
-                progress.delay = 0  # else close() would leave the bar standing
-                progress.refresh(nolock=True)
+            progress.delay = 0  # else close() would leave the bar standing
+            progress.refresh()
 
-    if getattr(sys.stderr, "isatty", bool)():  # not into a log file
+    if getattr(sys.stderr, "isatty", bool)():  # no log file, nor a stream without it
         threading.Thread(target=tick, daemon=True).start()
     return progress
 
@@ -1066,9 +1066,9 @@ def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     return x.sub_(x.new_tensor(mean).view(-1, 1, 1)).div_(x.new_tensor(std).view(-1, 1, 1))
 
 
-def augment(x: Tensor, generator: torch.Generator, pad: int = 4) -> Tensor:
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random crop of the zero-padded image, then a flip with p = 1/2: [N,H,W,C] uint8 -> same."""
-    n, h, w, _ = x.shape
+    (n, h, w, _), pad = x.shape, 4
     dy, dx = torch.randint(2 * pad + 1, (2, n, 1), generator=generator).to(x.device)
     flip = torch.randint(2, (n, 1), generator=generator).to(x.device).bool()
     i, row, col = (torch.arange(k, device=x.device) for k in (n, h, w))
@@ -1332,7 +1332,10 @@ def published(name: str, root: str | Path, download: bool) -> Any:
     asked, the first process downloads, by md5; others wait. FileNotFoundError if incomplete."""
     from torchvision import datasets
 
-    (rank, ranks), parts = world(), (["test"] if name == "svhn" else [True, False])  # split, train
+    (rank, ranks), parts = (
+        world(),
+        (["test"] if name == "svhn" else [True, False]),
+    )  # its split; train?
     download = download and rank == 0
     try:
         if rank > 0:  # until the first process has it
@@ -1399,7 +1402,7 @@ def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split
     if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
-    if isinstance(where, list):  # SVHN, all 26,032 images of its test set
+    if isinstance(where, list):  # SVHN: all 26,032 test images (the paper: 10,000 of each set)
         return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
     if where.is_dir():
         files = image_files(where)
@@ -1461,7 +1464,7 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # of f_in, f_aux, y_in; energy_loss stands for Eq. (1)
+    loss: Callable[..., Tensor]  # of f_in, f_aux, y_in; but energy_loss just marks Eq. (1)
     sampler: Sampler = Sampler()
     gradient: Score | None = None  # the score whose gradient Eq. (3) penalises
     score: str = "energy"
@@ -1515,15 +1518,16 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
 # Each process of torchrun clusters its own share: batch / processes clusters of its candidates.
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
-# lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1.
-METHODS = {  # the fields of Method, in order
+# lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1. Auxiliary
+# images for each ID image: as each method's code has it, GReg 1, OE 2.
+METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, prepare, margins
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
     "energy": Method(energy_loss),
     "greg": Method(energy_loss, gradient=energy_score),
     "energy+sampling": Method(energy_loss, ENERGY_SAMPLING, recipe="greg+"),
     "greg+": Method(energy_loss, ENERGY_SAMPLING, energy_score, recipe="greg+"),
     "oe": Method(oe_loss, Sampler(2), score="msp", lambda_s=0.5),
-    "openmix": Method(openmix_loss, Sampler(1), None, "msp", "openmix", 1, True, mix),
+    "openmix": Method(openmix_loss, Sampler(), None, "msp", "openmix", 1, True, mix),
     "poem": Method(energy_loss, Sampler(1, pool=poem_pool), recipe="mining"),
     "ntom": Method(absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, True),
     "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, True),
@@ -1553,7 +1557,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a run. `resolve` fills in each None, from what the help has in brackets."""
+    """The options of a run. `resolve` fills in None and "" by what the help has in brackets."""
 
     method: str = option("greg", "training method", choices=METHODS)
     id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], a path")
@@ -1595,39 +1599,23 @@ def fine_tunes(method: str, id_data: str) -> bool:
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
 
 
-def name_and_path(spec: Any) -> Sequence[str]:
-    """NAME= and PATH; of a plain path, which may hold a "=" where it exists, "" and itself."""
-    plain = os.path.exists(os.path.expanduser(str(spec)))
-    return ("", str(spec)) if plain else re.fullmatch(r"(?s)([^/=]*=|)(.*)", str(spec)).groups()
-
-
-def one_spelling(spec: Any, if_there: bool = False) -> str:
-    """Path or NAME=PATH in one spelling (`if_there`: where it exists); a run's file as the run."""
-    if spec in ("", *STATS, "synthetic", "random300k", "torchvision"):  # names, not paths
-        return spec
-    name, path = name_and_path(spec)
-    path = os.path.expanduser(path)
-    path = os.path.realpath(path) if os.path.exists(path) or not if_there else path
-    return name + path.removesuffix("/checkpoint.pt")
-
-
-def same_path(old: Any, new: Any) -> bool:
-    """Whether a run's path, or NAME=PATH, is the new one: spelled alike, or moved (and says so)."""
-    alike, (name, path) = one_spelling(old) == one_spelling(new), name_and_path(old)
-    gone = not alike and os.path.isabs(path) and not os.path.exists(path)
-    if moved := gone and str(new).startswith(name) and str(new).endswith("/" + Path(path).name):
-        remark(f"{path} is gone: {new} is taken for it")
-    return alike or moved
+def one_spelling(path: Any) -> str:
+    """A path that exists as an absolute one, and a run's file as the run; names stay."""
+    path = os.path.expanduser(str(path))
+    if os.path.exists(path) and path not in (*STATS, "synthetic", "random300k", "torchvision"):
+        path = os.path.realpath(path)
+    return path.removesuffix("/checkpoint.pt")
 
 
 def with_whole_paths(c: Config) -> Config:
-    """`c` with absolute paths, where they exist: it is the same run from every folder."""
-    paths = {k: one_spelling(str(getattr(c, k)), True) for k in ("id", "aux", "init", "root")}
-    return replace(c, ood=tuple(one_spelling(v, True) if "=" in v else v for v in c.ood), **paths)
+    """`c` with each path in one spelling: it is the same run from every folder."""
+    parts = [v.partition("=") for v in c.ood]  # NAME=PATH, or a name
+    ood = tuple(name + equals + one_spelling(path) for name, equals, path in parts)
+    return replace(c, ood=ood, **{k: one_spelling(vars(c)[k]) for k in "id aux init root".split()})
 
 
 def resolve(c: Config, had: str | None = None) -> Config:
-    """`c` with each None filled in from its data, method and recipe; ValueError for bad options.
+    """`c` with None and "" filled in by data, method and recipe; ValueError for bad options.
     `had`: the normalisation that the weights had so far; if None, --init's is read."""
     plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # NumPy scalars
     c = with_whole_paths(replace(c, **plain))
@@ -1646,9 +1634,9 @@ def resolve(c: Config, had: str | None = None) -> Config:
     stats = c.stats or had or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
-    positive = "epochs lr batch size candidates grad_every".split()
+    least = dict.fromkeys("epochs lr batch size candidates grad_every".split(), 1e-12)
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
-    low = [k for k in numbers if not (1e-12 if k in positive else 0) <= getattr(c, k) < math.inf]
+    low = [k for k in numbers if not least.get(k, 0) <= getattr(c, k) < math.inf]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # may have --id's
@@ -1772,10 +1760,18 @@ def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
 
 
 def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
-    """ValueError naming what differs from the folder's run; 1 is 1.0, a path any spelling of it."""
-    theirs, free = asdict(saved_config(saved)), {*FREE, *(("m_in", "m_aux") if c.margins else ())}
-    pairs = [(k, theirs[k], v) for k, v in asdict(c).items() if k not in free and theirs[k] != v]
-    if differ := [f"{k} {a} -> {b}" for k, a, b in pairs if not same_path(a, b)]:
+    """ValueError naming what differs from the folder's run; a path that is gone has moved."""
+    free, differ = {*FREE, *(("m_in", "m_aux") if c.margins else ())}, []
+    for key, old in asdict(saved_config(saved)).items():
+        new = getattr(c, key)
+        if key in free or old == new:  # 1 is 1.0
+            continue
+        gone = os.path.isabs(str(old)) and not os.path.exists(old)
+        if gone and Path(old).name == Path(new).name:
+            remark(f"{old} is gone: {new} is taken for it")
+        else:
+            differ.append(f"{key} {old} -> {new}")
+    if differ:
         raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
 
 
@@ -1892,6 +1888,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     sums: Tensor  # of TERMS, over the steps of the epoch
     steps: int  # of an epoch
+    marks: dict[str, Any] = field(default_factory=dict)  # what tells its data from others
     epoch: int = 0
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)  # of samplers and losses
@@ -1908,8 +1905,12 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{has} give no equal shares of {c.batch} and {need}: another --batch?")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # then no --init
-    net = build(replace(c, init="") if begun else c, ids.classes, ids.x.shape[1]).to(device)
+    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # no --init then
+    size, some = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
+    some = [x[:: len(x) // 16 or 1].tolist() for x in some]
+    marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
+    marks |= {"n_aux": len(aux.x) if aux else 0, "classes": [*ids.classes], "size": size}
+    net = build(replace(c, init="") if begun else c, ids.classes, size).to(device)
     for m in net.modules() if c.sync_bn and ranks > 1 else ():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if type(m) is not nn.BatchNorm2d or None in (m.bias, m.momentum, m.running_var):
@@ -1919,13 +1920,13 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     with bar(None, "set up", total=1):  # PyTorch's first optimiser imports a lot
         sgd = torch.optim.SGD(net.parameters(), c.lr, 0.9, weight_decay=c.wd, nesterov=True)
     sums, steps = torch.zeros(len(TERMS), device=device), len(ids.x) // c.batch
-    run = Run(c, folder, device, ids, aux, net, sgd, sums, steps)
+    run = Run(c, folder, device, ids, aux, net, sgd, sums, steps, marks)
     if begun:
         if not (state := stored(folder)):
             raise ValueError(f"{folder}/checkpoint.pt is no run's: choose another folder")
         check_same(c, state["config"], folder)
-        check_classes(state, ids.classes, ids.x.shape[1], folder)
-        if any(state.get(k, v) != v for k, v in data_marks(ids, aux).items()):
+        check_classes(state, ids.classes, size, folder)
+        if any(state.get(k, v) != v for k, v in marks.items()):
             raise ValueError(f"{folder} was trained on other images: another number, or order")
         net.load_state_dict(state["net"])
         sgd.load_state_dict(state["optimizer"])
@@ -1943,18 +1944,10 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     return run
 
 
-def data_marks(ids: Images, aux: Images | None) -> dict[str, int]:
-    """What tells a run's data from others: labels, some images, how many auxiliary ones."""
-    some = [s.x[:: len(s.x) // 16 or 1].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
-    n_aux = len(aux.x) if aux else 0
-    return {"labels": hashed(ids.y.tolist()), "pixels": hashed(some), "n_aux": n_aux}
-
-
 def save(run: Run, **more: Any) -> None:
     """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
-    ids, state = run.train_set, data_marks(run.train_set, run.aux_set) | more
-    state |= {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")}
-    state |= {"config": asdict(run.config), "classes": list(ids.classes), "size": ids.x.shape[1]}
+    state = {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")}
+    state |= run.marks | more | {"config": asdict(run.config)}
     state |= {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     content = io.BytesIO()  # torch.save raises RuntimeError on a full disk
     torch.save(state, content)
@@ -1979,7 +1972,7 @@ def _leave_signals(worker):
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
     function of (seed, epoch, step, rank) and of a pool, whatever workers and stops. Step t of
-    process r takes part t · ranks + r of the epoch's images (if a sampler picks, aux_epoch)."""
+    process r takes part t · ranks + r of the epoch's images, or of the candidates to pick from."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
@@ -2031,10 +2024,10 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        lambda_grad /= ranks if c.reduction == "released" else 1  # DDP has 1 / (N / ranks)
+        lambda_grad /= ranks if c.reduction == "released" else 1  # else by a rank's N, not by N
         options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
 
-        def differentiate(x_in, y_in, x_aux, options=options):  # last ones of greg_loss, in order
+        def differentiate(x_in, y_in, x_aux, options=options):  # these now: a graph calls it later
             run.net.train()
             with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
                 out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
@@ -2052,9 +2045,9 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares  # n-fold too
+        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares  # 0 or n-fold
         run.sums += average(torch.stack([v.float() for v in terms]))
-        for statistic in filter(torch.is_floating_point, run.net.buffers()):
+        for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
         if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks must look, or none
@@ -2134,7 +2127,7 @@ class FastDoubleBackward(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         table = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat, F.relu: _relu}
-        rules = func in table and table[func](*args, **kwargs or {})  # falsy: leave it to PyTorch
+        rules = table[func](*args, **kwargs or {}) if func in table else None  # falsy: PyTorch's
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
@@ -2275,12 +2268,12 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 # 9  Evaluation, tables, figures, command line (Section 6)
 
 
-def score_images(net: Net, x: Tensor, K: int, fit: Fit, names: Sequence[str]) -> list[Tensor]:
-    """The predicted class and the named scores of normalised images [N,C,H,W], each [N]."""
+def score_images(net: Net, x: Tensor, K: int, fit: Fit, names: Sequence[str]) -> dict[str, Tensor]:
+    """The predicted "class" and the named scores of normalised images [N,C,H,W], each [N]."""
     z, f = embed(net, x)
     f = f[:, :K]
-    with eval_mode(net):
-        return [f.argmax(1), *(SCORES[name](net, x, f, z, fit) for name in names)]
+    with eval_mode(net):  # for scores of one's own; ours see to it
+        return {"class": f.argmax(1)} | {k: SCORES[k](net, x, f, z, fit).detach() for k in names}
 
 
 def evaluate(
@@ -2288,20 +2281,19 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Results (Section 6): ID accuracy; by score γ, and the metrics on each OOD set and their mean;
     the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And raw scores, by "score/set"."""
-    (mean, std), K, raw, norms = STATS[c.stats], len(test_set.classes), {}, {}
-    fit, device = Fit(post_hoc(c.id, c.arch, K), std), net.fc.weight.device
+    K, device, raw, norms = len(test_set.classes), net.fc.weight.device, {}, {}
+    fit = Fit(post_hoc(c.id, c.arch, K), STATS[c.stats][1])
 
     def parts(images, what):
         for i in bar(torch.arange(len(images.x)).split(chunk(images.x, device=device)), what):
-            yield normalise(images.pixels(i).to(device), mean, std)
+            yield normalise(images.pixels(i).to(device), *STATS[c.stats])
 
     if NEED_FIT & {*names}:
         z = torch.cat([embed(net, x)[0] for x in parts(train_set, "fit the scores")])
-        fit = fit_scores(net, z, train_set.y.to(z.device), fit.p, fit.std, K)
+        fit = fit_scores(net, z, train_set.y.to(device), fit.p, fit.std, K)
     for key, images in {"id": test_set, **ood}.items():
         rows = [score_images(net, x, K, fit, names) for x in parts(images, f"score {key}")]
-        columns = (torch.cat(v).detach().cpu() for v in zip(*rows, strict=True))
-        raw |= {f"{name}/{key}": v for name, v in zip(("class", *names), columns, strict=True)}
+        raw |= {f"{k}/{key}": torch.cat([row[k] for row in rows]).cpu() for k in rows[0]}
         few = parts(images.some(1000), f"‖∇S‖ {key}")
         norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
     accuracy = (raw["class/id"] == test_set.y.cpu()).double().mean().item()
@@ -2321,7 +2313,7 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    for path in (one_spelling(name_and_path(v)[1]) for v in c.ood if "=" in v):
+    for path in (one_spelling(v.partition("=")[2]) for v in c.ood if "=" in v):
         # An archive may hold both.
         if c.aux[-4:] not in ("", ".npz") and f"{path}/".startswith(f"{one_spelling(c.aux)}/"):
             raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
@@ -2344,7 +2336,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
         known |= {"synthetic"} if {*_OOD} <= known else set()
-        if not all(any(same_path(old, new) for old in known) for new in c.ood):
+        if not {*c.ood} <= known:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         remark(f"{folder} is finished: its results are read")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
@@ -2515,9 +2507,9 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     for r in results:
         c = saved_config(r["config"], run=False)
         free = ("seed", *FREE, *(("m_in", "m_aux") if c.margins else ()))
-        start = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
-        alike = replace(c, init=start, **{k: getattr(Config, k) for k in free})
-        paths = tuple(sorted(one_spelling(v) for v in c.ood if "=" in v))
+        init = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
+        alike = replace(c, init=init, **{k: getattr(Config, k) for k in free})
+        paths = tuple(sorted(v for v in c.ood if "=" in v))
         g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # mean_std multiplies
         for score, sets in r["metrics"].items():
             name = c.method + ("" if score == r["score"] else f": {score}")
@@ -2591,8 +2583,9 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     columns, rows, notes, found = [*dict.fromkeys(columns)], [], set(), {}  # fromkeys: no repeats
 
     def ood_sets(r):  # names, and of NAME=PATH the file's
-        files = {k: f" ({Path(v).name})" for k, v in map(name_and_path, r["config"]["ood"]) if k}
-        return ", ".join(k + files.get(f"{k}=", "") for k in [*r["gradient_norm"]][1:])
+        files = dict(v.split("=", 1) for v in r["config"]["ood"] if "=" in v)
+        names = [*r["gradient_norm"]][1:]
+        return ", ".join(f"{k} ({Path(files[k]).name})" if k in files else k for k in names)
 
     if len(sets := {ood_sets(r) for r in results}) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
@@ -2674,7 +2667,7 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
 
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
-    """Figure 3: energy loss and ‖∇S‖ over training, one line a run, from each run's checkpoint."""
+    """Figure 3: energy loss and ‖∇S‖ on `log`'s images, by epoch, a line a run (its checkpoint)."""
     energy, slope = {}, {}
     for folder in folders:
         if not (rows := [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]):
@@ -2719,7 +2712,7 @@ def toy(n: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module:
-    """A 2-32-32-3 network on the toy by GReg; margins -6 and -2 suit its small logits."""
+    """A 2-32-32-3 network on the toy by GReg; margins -6, -2 and a λ_∇S of 0.1 suit its logits."""
     g = torch.Generator().manual_seed(seed)
     net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
     for p in net.parameters():
@@ -2845,7 +2838,7 @@ def command_predict(args: argparse.Namespace) -> int:
         for path in bar(paths, "predict"):
             try:
                 x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
-                k, s = (v.item() for v in score_images(net, x, len(classes), fit, [name]))
+                k, s = (v.item() for v in score_images(net, x, len(classes), fit, [name]).values())
                 row = classes[k], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
             except (OSError, ValueError) as e:
                 row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
@@ -2876,8 +2869,7 @@ def command_table(args: argparse.Namespace) -> None:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
         elif not args.read or read_results(folder):
-            if not args.read:
-                remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
+            remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if not args.dry_run:
         ours = args.number, results, chosen(args).get("id", ""), args.archs
