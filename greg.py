@@ -2,8 +2,9 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
-the paper, methods it compares with or cites, and what its certificates need; 7-9 run it. "Needs":
-what a section takes from others.
+the paper, methods it compares with or cites, and what its certificates need; 7-9 run it. GReg alone
+is 2 to 4 down to their first "# ----" line, and `batches`, `train_epoch` in 8: read these first.
+"Needs:" says what a section takes from others.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -457,7 +458,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     return radius
 
 
-# Types of layers that have a rule, and the value each option must have (alone or as a pair).
+# ---- Layers that have a rule: types, and the value each option must have (alone or as a pair).
 _DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
 _KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
 _KNOWN = *_KNOWN, nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat

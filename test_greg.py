@@ -1968,8 +1968,7 @@ def test_certify_is_of_the_runs_images_and_threshold(lab, cli, tmp_path, monkeyp
 
 
 @pytest.fixture()
-def drawn(monkeypatch):
-    """Each figure that is made, and its panels."""
+def drawn(monkeypatch):  # each figure that is made, and its panels
     made, grid = [], greg.grid
     monkeypatch.setattr(greg, "grid", lambda *a: made.append(grid(*a)) or made[-1])
     return made
@@ -1998,7 +1997,8 @@ def test_figures_show_what_was_logged_scored_and_certified(lab, cli, tmp_path, d
     assert cli("figure scores ce greg")[0] == "figure_scores.png\n"
     for panel, name in zip(drawn[1][1], ("ce", "greg"), strict=True):
         assert panel.lines[0].get_xdata()[0] == greg.read_results(lab / name)["gamma"]["energy"]
-        assert {t.get_text() for t in panel.get_legend().texts} == {"id", "rays", "cells", "γ"}
+        texts = panel.title, *panel.get_legend().texts
+        assert {t.get_text() for t in texts} == {name, "id", "rays", "cells", "γ"}
     cli(f"figure images --out {tmp_path}/i.png")
     picture = drawn[2][1][0].images[0].get_array()
     np.testing.assert_array_equal(picture[64:96, 32:64], greg.synthetic("crescents", 20).x[1])
