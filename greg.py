@@ -1011,10 +1011,10 @@ def remark(text: object) -> None:
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
-    """A progress bar around `items`, with the total and the time left, after half a second."""
+    """A progress bar around `items`, with the total and the time left, after 0.1 s."""
     from tqdm import tqdm
 
-    options |= {"delay": 0.5, "leave": False, "dynamic_ncols": True}
+    options |= {"delay": 0.1, "leave": False, "dynamic_ncols": True}
     progress = tqdm(items, what, disable=world()[0] > 0 or not sys.stderr, **options)
 
     def tick():  # the clock goes on in a long step too, until the bar is closed
