@@ -331,8 +331,7 @@ matrix = lambda f, x: torch.autograd.functional.jacobian(f, x).view(-1, x.numel(
 scores = torch.no_grad()(lambda net, x: greg.energy_score(net(x)))
 
 
-def layer(code, c):
-    """A layer for c channels by its letter."""
+def layer(code, c):  # a layer for c channels by its letter
     thin = nn.Sequential(conv(c, 3, bias=False), nn.BatchNorm2d(3), RELU, conv(3, c))
     return {
         "c": conv(c, 4), "s": conv(c, 4, stride=2), "1": nn.Conv2d(c, 3, 1), "b": nn.BatchNorm2d(c),
@@ -359,8 +358,7 @@ def network(layers, seed, shape=(2, 6, 6), K=3):
     return net
 
 
-def networks(letters="cs1brRPDanp"):
-    """Strategy: a network of images or of vectors."""
+def networks(letters="cs1brRPDanp"):  # strategy: a network of images or of vectors
     images, vectors = (st.text(v, min_size=2, max_size=5) for v in (letters, "Lr"))
     return st.builds(network, images, seeds) | st.builds(network, vectors, seeds, st.just((2,)))
 
@@ -1256,8 +1254,7 @@ def ended(run):  # as the command does it: alone in its folder, under the signal
 
 
 @pytest.fixture(scope="session")
-def begin(tmp_path_factory):
-    """The folder of a run that was pre-trained on files."""
+def begin(tmp_path_factory):  # the folder of a run that was pre-trained on files
     ended(begun((root := tmp_path_factory.mktemp("runs")) / "ce", "ce", epochs=4, **as_files(root)))
     return str(root / "ce")
 
@@ -1604,6 +1601,9 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
         err = capsys.readouterr().err
         assert all(word in err for word in words) and bool(err) == bool(words)
         assert run.epoch == greg.stored(folder)["epoch"] == epoch + 1
+    run.step, bar, run.sums = 1, Mock(), torch.tensor([2.0, 1, 1, 0, 0.5, 0, 0])
+    assert greg.look(run, bar) == dict(zip(greg.TERMS, run.sums.tolist(), strict=True))
+    bar.set_postfix_str.assert_called_once_with("loss 2 accuracy 0.5", refresh=False)  # no zeros
 
 
 def steps_of_a_process(rank, ranks, folder, options):
