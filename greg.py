@@ -252,10 +252,10 @@ def greg_loss(
     x_in [n,...], y_in [n] labels or [n,K] shares, x_aux [m,...]. `net`: any module giving logits
     [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
     4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
-    ∇S is with respect to x as passed (normalised, say); no gradient flows back into x. ValueError:
-    m_in >= m_aux, an empty side in Eq. (1), unlike images; with Eq. (3) on, a part of `net` that is
-    compiled or in DDP with static_graph, which may lose second derivatives. With checkpointed
-    attention, call backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
+    ∇S is at x as passed (normalised, say); no gradient flows back into x. ValueError: m_in >=
+    m_aux, an empty side, unlike images; with Eq. (3) on, a part of `net` that is compiled or in DDP
+    with static_graph (these lose it). With checkpointed attention, backward() needs
+    `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     if x_in.shape[1:] != x_aux.shape[1:] or x_in.is_floating_point() != x_aux.is_floating_point():
