@@ -3,8 +3,8 @@
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
 the paper, methods it compares with or cites, and what its certificates need; 7-9 run it. GReg alone
-is 2 to 4 down to their first "# ----" line, and `batches`, `train_epoch` in 8: read these first.
-"Needs:" says what a section takes from others.
+is 2 and 3 down to their first "# ----" line, `eval_mode` in 5, and `Sampler`, `Method`, `batches`,
+`train_epoch` in 8: read these first. "Needs:" (1 to 6) says what a section takes from others.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -252,9 +252,9 @@ def greg_loss(
     x_in [n,...], y_in [n] labels or [n,K] shares, x_aux [m,...]. `net`: any module giving logits
     [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
     4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
-    ∇S is at x as passed (normalised, say); no gradient flows back into x. ValueError: m_in >=
-    m_aux, an empty side, unlike images; with Eq. (3) on, a part of `net` that is compiled or in DDP
-    with static_graph (these lose it). With checkpointed attention, backward() needs
+    ∇S is at x as passed (normalised, say); no gradient flows back into x. ValueError: in Eq.
+    (1) m_in >= m_aux or an empty side; unlike images; with Eq. (3) on, a part of `net` compiled or
+    in DDP with static_graph (they lose it). With checkpointed attention, backward() needs
     `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -315,7 +315,7 @@ def balanced_energy_loss(
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
     ValueError if `net` returns any other tensor (see `_logits`); a change in place goes unseen."""
-    caught = []
+    caught = []  # of each linear layer that runs: itself, its inputs by position, its output
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
@@ -381,7 +381,7 @@ def _seeds(x, square, k, generator):
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices, in random order, of N candidates: z [N,d], scores s [N].
+    """Algorithm 1: 2k (len(ends) · k) indices, in random order, of N candidates: z [N,d], s [N].
 
     From each of k clusters of the normalised features the `ends` of its ranking by score: the
     lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a
@@ -461,7 +461,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
 # ---- Layers that have a rule: types, and the value each option must have (alone or as a pair).
 _DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
 _KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
-_KNOWN = *_KNOWN, nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
+_KNOWN += nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
 _OPTIONS = {"inplace": False, "ceil_mode": False, "return_indices": False, "padding_mode": "zeros"}
 _OPTIONS |= {"start_dim": 1, "end_dim": -1, "count_include_pad": True, "divisor_override": None}
 _OPTIONS |= {"dilation": 1, "groups": 1, "affine": True, "output_size": 1}
@@ -1472,14 +1472,14 @@ class Method(NamedTuple):
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # x_aux, loss kwargs
+    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # x_aux, more for loss
     margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
 
 
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """NTOM's outliers of the epoch, a quarter of the auxiliary images at most."""
     p_absent = absent(embed_images(run, run.aux_set, order)[1])
-    return order[quantile_mining(p_absent, min(n, len(order) // 4))]
+    return order[quantile_mining(p_absent, min(n, max(1, len(order) // 4)))]
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
@@ -1520,7 +1520,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1. Auxiliary
-# images for each ID image: as each method's code has it, GReg 1, OE 2.
+# images for each ID image: as each method's code has it, but energy 1 as GReg.
 METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, prepare, margins
     "ce": Method(lambda f_in, *_: f_in.new_zeros(()), Sampler(0), recipe="pretrain"),
     "energy": Method(energy_loss),
@@ -1573,7 +1573,9 @@ class Config:
     batch: int = option(None, "ID images a step = clusters k (recipe)")
     wd: float = option(None, "weight decay (recipe)")
     candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
-    aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
+    aux_epoch: int = option(
+        600_000, "when sampling: auxiliary images an epoch (at most all, at least --candidates)"
+    )
     n_train: int = option(0, "train on N of the ID images, at random (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
@@ -1824,7 +1826,7 @@ def alone(folder: Path) -> Iterator[None]:
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
     K, outputs = len(classes), len(classes) + METHODS[c.method].extra_class
-    torch.manual_seed(c.seed % 2**63)
+    torch.default_generator.manual_seed(c.seed % 2**63)  # a GPU's stays too
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
         raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs + bias")
@@ -1907,8 +1909,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # no --init then
-    size, some = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
-    some = [x[:: len(x) // 16 or 1].tolist() for x in some]
+    size, held = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
+    some = [x[:: len(x) // 16 or 1].tolist() for x in held]  # some 16 images of a set in memory
     marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
     marks |= {"n_aux": len(aux.x) if aux else 0, "classes": [*ids.classes], "size": size}
     net = build(replace(c, init="") if begun else c, ids.classes, size).to(device)
@@ -2011,7 +2013,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
-    m_in, m_aux = method.margins or (c.m_in, c.m_aux)
+    (m_in, m_aux), score = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress = bar(batches(run), what, total=run.steps, initial=run.step)
@@ -2024,9 +2026,9 @@ def train_epoch(run: Run) -> None:
         x_aux, context = method.prepare(run, x_in, x_aux, g)
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
-        lambda_grad = c.lambda_grad * c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        lambda_grad /= ranks if c.reduction == "released" else 1  # else by a rank's N, not by N
-        options = c.lambda_s, lambda_grad, c.reduction, method.gradient or energy_score, aux_loss
+        fold = c.grad_every * bool(method.gradient and t % c.grad_every == 0)
+        fold /= ranks if c.reduction == "released" else 1  # else by a rank's N, not by N
+        options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
 
         def differentiate(x_in, y_in, x_aux, options=options):  # these now: a graph calls it later
             run.net.train()
@@ -2046,7 +2048,7 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * lambda_grad / (c.lambda_grad or 1), *shares  # 0 or n-fold
+        terms = *out[:3], out.gradient * fold, *shares  # 0 or n-fold
         run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
@@ -2314,9 +2316,10 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    for path in (one_spelling(v.partition("=")[2]) for v in c.ood if "=" in v):
-        # An archive may hold both.
-        if c.aux[-4:] not in ("", ".npz") and f"{path}/".startswith(f"{one_spelling(c.aux)}/"):
+    aux = Path(one_spelling(c.aux))
+    for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if "=" in v):
+        within = path.is_relative_to(aux) or (aux.is_dir() and aux.is_relative_to(path))
+        if within and c.aux[-4:] not in ("", ".npz"):  # an archive may hold both
             raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
@@ -2433,7 +2436,7 @@ def certify_report(
 
     def certified(x, eps):
         slope = lipschitz_local(net, x, eps).clamp(max=lipschitz) if local else lipschitz
-        return score(x.double(), exact) - eps * slope * (1 + 1e-9)  # rounded outwards
+        return score(x.double(), exact) - eps * slope * _UP
 
     def smoothed(x):
         return noisy_scores(score, x, sigma, n, g)
@@ -2585,7 +2588,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
 
     def ood_sets(r):  # names, and of NAME=PATH the file's
         files = dict(v.split("=", 1) for v in r["config"]["ood"] if "=" in v)
-        names = [*r["gradient_norm"]][1:]
+        names = [k for k in r["gradient_norm"] if k != "id"]
         return ", ".join(f"{k} ({Path(files[k]).name})" if k in files else k for k in names)
 
     if len(sets := {ood_sets(r) for r in results}) > 1:
@@ -2809,7 +2812,7 @@ def command_eval(args: argparse.Namespace) -> None:
         raise ValueError("need either a run, before the options, or --weights, --arch and --id")
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
-    c = saved_config(state["config"]) if state else resolve(Config("ce", **given))
+    c = saved_config(state["config"]) if state else resolve(Config("ce", init=str(source), **given))
     if odd := [k for k in ("arch", "stats") if given.get(k, getattr(c, k)) != getattr(c, k)]:
         raise ValueError(f"--{odd[0]} {given[odd[0]]}: {source} has {getattr(c, odd[0])}")
     c = with_whole_paths(replace(c, **given, init=str(source)))
