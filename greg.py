@@ -224,7 +224,7 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    By `gradient_norm`, of what Eq. (1) leaves out. s [N]: scores of x [N,...], the first n_in ID.
+    Only what Eq. (1) leaves out counts (see `gradient_norm`). s [N]: of x [N,...], first n_in ID.
     reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
@@ -254,7 +254,7 @@ def greg_loss(
     4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
     ∇S is at x as passed (normalised, say); no gradient flows back into x. ValueError: in Eq.
     (1) m_in >= m_aux or an empty side; unlike images; with Eq. (3) on, a part of `net` compiled or
-    in DDP with static_graph (they lose it). With checkpointed attention, backward() needs
+    in DDP with static_graph (which lose it). With checkpointed attention, backward() needs
     `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -381,12 +381,12 @@ def _seeds(x, square, k, generator):
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k (len(ends) · k) indices, in random order, of N candidates: z [N,d], s [N].
+    """Algorithm 1: 2k distinct indices, in random order, of N candidates: z [N,d], scores s [N].
 
     From each of k clusters of the normalised features the `ends` of its ranking by score: the
     lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a
     cluster has one member or none, random ones fill in. ValueError: too few, or a NaN score.
-    DOS (Jiang et al. 2024) takes from each cluster the lowest s = p_{K+1} alone: ends=(0,)."""
+    DOS (Jiang et al. 2024) takes from each cluster just the lowest s = p_{K+1}, so k: ends=(0,)."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -446,8 +446,8 @@ Attack = namedtuple("Attack", "x s flipped distance")
 def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
-    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ will
-    do for ID alone (`id_radius`, `ood_radius`). lipschitz, eps >= 0: numbers or [N]; ValueError."""
+    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ is
+    that for ID alone (`id_radius`, `ood_radius`). ValueError but for numbers or [N] >= 0."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
@@ -680,7 +680,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
     c, squares, inputs = x, torch.ones_like(x), (x, r)
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # to the first W, which maps the ball into a box: eps ‖row of W‖, squared
+        m = layers.pop(0)  # to the first W: the ball's box is c ± eps ‖row of W‖, c ± eps √squares
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
         if type(m) in (nn.Conv2d, nn.Linear):  # exact here, unsound if carried through a second W
             break
@@ -1333,10 +1333,8 @@ def published(name: str, root: str | Path, download: bool) -> Any:
     asked, the first process downloads, by md5; others wait. FileNotFoundError if incomplete."""
     from torchvision import datasets
 
-    (rank, ranks), parts = (
-        world(),
-        (["test"] if name == "svhn" else [True, False]),
-    )  # its split; train?
+    rank, ranks = world()
+    parts = ["test"] if name == "svhn" else [True, False]  # torchvision's split, or train?
     download = download and rank == 0
     try:
         if rank > 0:  # until the first process has it
@@ -1573,9 +1571,7 @@ class Config:
     batch: int = option(None, "ID images a step = clusters k (recipe)")
     wd: float = option(None, "weight decay (recipe)")
     candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
-    aux_epoch: int = option(
-        600_000, "when sampling: auxiliary images an epoch (at most all, at least --candidates)"
-    )
+    aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
     n_train: int = option(0, "train on N of the ID images, at random (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
@@ -2030,7 +2026,7 @@ def train_epoch(run: Run) -> None:
         fold /= ranks if c.reduction == "released" else 1  # else by a rank's N, not by N
         options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
 
-        def differentiate(x_in, y_in, x_aux, options=options):  # these now: a graph calls it later
+        def differentiate(x_in, y_in, x_aux, options=options):  # bound now: a graph calls it later
             run.net.train()
             with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
                 out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)

@@ -1348,8 +1348,7 @@ def test_noise_is_gaussian_in_pixels_on_training_images_alone_and_formats_are_ke
     refuses(lambda: next(greg.batches(run)), "no.png", "another image in its place")
 
 
-def fake(monkeypatch, n_in, n_aux, d):
-    """A run whose images are their own features and logits."""
+def fake(monkeypatch, n_in, n_aux, d):  # a run whose images are their own features and logits
     monkeypatch.setattr(greg, "embed_images", lambda _, x, i=None: (x if i is None else x[i],) * 2)
     ns, net = SimpleNamespace, SimpleNamespace(fc=nn.Linear(d, d))
     sets = {"train_set": normal(n_in, n_in, d), "aux_set": normal(n_aux, n_aux, d)}
@@ -1676,8 +1675,7 @@ def cli(lab, monkeypatch, capsys):
     return run
 
 
-def table_rows(text):
-    """The cells of the Markdown tables in a text, a list of rows a table."""
+def table_rows(text):  # the cells of the Markdown tables in a text, a list of rows a table
     blocks = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
     split = [[re.split(r" (?<!\\)\| ", v[2:-2]) for v in b.splitlines()] for b in blocks]
     return [[rows[0], *rows[2:]] for rows in split]
@@ -2060,6 +2058,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         assert not out and re.fullmatch(f"greg: error: .*{re.escape(message)}.*\n", err), err
     assert not Path("nowhere").exists()
     assert "not finished" in cli(f"eval {tmp_path}/stopped --ood rays=rays.npy")[1]
+    around = greg.Config(aux=f"{tmp_path}/stopped", ood=(f"a={tmp_path}",))
+    refuses(lambda: greg.load_sets(around), "trained on", str(tmp_path))
     assert "ce: react" in cli(f"eval {tmp_path}/react --ood rays=rays.npy")[0]
     rows = (KeyboardInterrupt(), 130, "stopped"), (ValueError(), 2, "ValueError (GREG_DEBUG")
     for e, code, text in (*rows, (RuntimeError("a\n  b" + "c" * 999), 2, "shows where): a bccc")):
