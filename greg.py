@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6, on torch alone (one function: SciPy), are
-the paper, methods it compares with or cites, and what its certificates need; 7-9 run it. GReg alone
-is 2 and 3 down to their first "# ----" line, `eval_mode` in 5, and `Sampler`, `Method`, `batches`,
-`train_epoch` in 8: read these first. "Needs:" (1 to 6) says what a section takes from others.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the method, those it is compared with,
+and certificates, on torch alone (one function: SciPy); 7-9 run them. GReg alone is 2 and 3 down to
+their first "# ----" line, `eval_mode` in 5, and `Sampler`, `Method`, `batches`, `train_epoch` in 8:
+read these first. "Needs:" (1 to 6): what a section takes from others, besides this head.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -86,7 +86,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels; certificates take it for a kind of Residual."""
+    """x -> [x, body(x)] along the channels."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -96,7 +96,7 @@ class Concat(Residual):
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std for x [N,C,H,W] in [0,1]: with it in front of a net, radii are in pixels."""
+    """(x - mean) / std for x [N,C,H,W] in [0,1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -143,8 +143,8 @@ def wrn(depth: int, width: int, K: int) -> Net:
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40, ...), got {depth}")
     layers, c_in, n = [_conv(3, 16, 3)], 16, (depth - 4) // 6
-    for i in range(3 * n):
-        c, stride = 16 * width * 2 ** (i // n), (2 if i in (n, 2 * n) else 1)
+    for stage, block in itertools.product(range(3), range(n)):
+        c, stride = 16 * width * 2**stage, (2 if stage and not block else 1)
         body = [*_bn_relu_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3)]
         if c_in == c:
             layers += [Residual(nn.Sequential(*body), nn.Identity())]
@@ -155,7 +155,7 @@ def wrn(depth: int, width: int, K: int) -> Net:
 
 
 def wrn40_2(K: int) -> Net:
-    """WRN-40-2, d = 128: taken for the paper's WRN-40."""
+    """WRN-40-2, d = 128: assumed to be the paper's WRN-40."""
     return wrn(40, 2, K)
 
 
@@ -178,7 +178,7 @@ def densenet100(K: int) -> Net:
 
 
 def densenet121(K: int) -> Net:
-    """DenseNet-121 for 224×224 images, d = 1024; equal to torchvision's, whose weights it loads."""
+    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in torchvision's order."""
     stem = [_conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     return _densenet(stem, 64, (6, 12, 24, 16), 32, K, "fan_in")
 
@@ -198,18 +198,18 @@ def energy_score(logits: Tensor) -> Tensor:
 
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
-    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)², over
-    all of s_in [n] and all of s_aux [m], neither empty -> scalar. Margins: the authors' code's."""
+    """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)² (means
+    over all of s_in [n] and s_aux [m], zeros too) -> scalar. Margins: the authors' code's."""
     if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
         raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
 
 
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ for scores s [N] of x [N,...] -> [N], differentiable.
+    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂: scores s [N] or [N,1] of x [N,...] -> [N], differentiable.
 
-    A mask is 0 or 1. In eval mode this is mask_i ‖∇S(x_i)‖; in training mode batch norm has every
-    s_j depend on x_i, hence the mask inside the sum. s may be [N,1]. ValueError: gradients off."""
+    In eval mode x_i moves s_i alone: this is mask_i ‖∇S(x_i)‖. In training mode batch norm lets it
+    move every s_j: their masked sum stands in for s_i. mask: 0 or 1. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -224,8 +224,8 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    Only what Eq. (1) leaves out counts (see `gradient_norm`). s [N]: of x [N,...], first n_in ID.
-    reduction="released" is Eq. (3) / N, the scale of the authors' code."""
+    Scores that Eq. (1) still pushes count as 0; ∇S in training mode: see `gradient_norm`. s [N], x
+    [N,...]: first n_in ID. reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -233,7 +233,7 @@ def gradient_loss(
     return (norm[:n_in].mean() + norm[n_in:].mean()) / (1 if reduction == "paper" else len(s))
 
 
-def _logits(f):  # what a network returned: logits, first in a tuple, or in a mapping
+def _logits(f):  # logits, (logits, ...) or {"logits": ...} -> logits
     return f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
 
 
@@ -241,7 +241,7 @@ def _logits(f):  # what a network returned: logits, first in a tuple, or in a ma
 GregLoss = namedtuple("GregLoss", "loss ce energy gradient logits scores")
 
 
-@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative
+@sdpa_kernel(SDPBackend.MATH)  # if `net` has attention: fused, it has no second derivative
 def greg_loss(
     net: nn.Module, x_in: Tensor, y_in: Tensor, x_aux: Tensor, m_in: float = -25.0,
     m_aux: float = -7.0, lambda_s: float = 0.1, lambda_grad: float = 1.0, reduction: str = "paper",
@@ -249,28 +249,28 @@ def greg_loss(
 ) -> GregLoss:  # fmt: skip
     """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
 
-    x_in [n,...], y_in [n] labels or [n,K] shares, x_aux [m,...]. `net`: any module giving logits
-    [n+m,K], as they are, first in a tuple, or as "logits" in a mapping. For another method (Table
-    4), aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S (low for ID; m_in, m_aux are its).
-    ∇S is at x as passed (normalised, say); no gradient flows back into x. ValueError: in Eq.
-    (1) m_in >= m_aux or an empty side; unlike images; with Eq. (3) on, a part of `net` compiled or
-    in DDP with static_graph (which lose it). With checkpointed attention, backward() needs
-    `sdpa_kernel(SDPBackend.MATH)` too."""
+    x_in [n,...], y_in [n] labels or [n,K] probabilities, x_aux [m,...]. `net`: any module giving
+    logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For another method
+    (Table 4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S: low for ID, m_in and m_aux on
+    its scale. ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
+    ValueError: m_in >= m_aux in Eq. (1), an empty side, images of two sizes, a part of `net`
+    compiled or in DDP with static_graph (Eq. (3) is lost). Where attention is checkpointed,
+    backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     if x_in.shape[1:] != x_aux.shape[1:] or x_in.is_floating_point() != x_aux.is_floating_point():
         both = " and ".join(f"{x.dtype} {[*x.shape]}" for x in (x_in, x_aux))
         raise ValueError(f"x_in and x_aux are {both}: normalise both, in one size")
     for m in net.modules() if lambda_grad else ():
-        # What torch.compile(m), m.compile(), DDP(static_graph=True), and compile(m.forward) leave.
+        # Marks of torch.compile(m), m.compile(), DDP(static_graph=True), compile(m.forward).
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x))
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: shares
-    f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: probabilities
+    f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
     gradient = gradient_loss(s, x, n, m_in, m_aux, reduction) if lambda_grad else ce.new_zeros(())
@@ -289,7 +289,7 @@ def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
 
 
 def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): f_aux of lam x_in + (1 - lam) x_aux; y_in by lam, else K+1."""
+    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), labels too (aux: K+1)."""
     return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
 
 
@@ -297,9 +297,9 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1), each auxiliary sample of weight Z / Σ Z and of
-    margin m_aux + alpha Z. Z = Σ_k p_k share_k, with share ∝ prior^gamma, is large for the classes
-    frequent among the auxiliary images: prior [K] are their fractions there."""
+    """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
+    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Z_j = Σ_k p_k share_k, share_k ∝
+    prior_k^gamma: large for classes frequent there; prior [K] are their fractions."""
     share = prior**gamma / (prior**gamma).sum()
     Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
     weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
@@ -315,7 +315,7 @@ def balanced_energy_loss(
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
     ValueError if `net` returns any other tensor (see `_logits`); a change in place goes unseen."""
-    caught = []  # of each linear layer that runs: itself, its inputs by position, its output
+    caught = []  # (layer, inputs by position, output) of each linear layer, before other hooks
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
@@ -333,8 +333,8 @@ def kmeans(
 
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
-    An empty cluster moves to the point farthest from its centroid. With fewer than k points that
-    differ, or stopped early, some stay empty. ValueError unless x is finite [N,d], 1 <= k <= N."""
+    An empty cluster moves to the point farthest from its own centroid. With fewer than k distinct
+    points, or stopped early, some stay empty. ValueError unless x is finite [N,d], 1 <= k <= N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -343,17 +343,17 @@ def kmeans(
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # so that no square overflows
         mean = (x / scale).mean(0)
-        x = x / scale - mean  # far from the origin ‖x‖² - 2 x·c + ‖c‖² would cancel
+        x = x / scale - mean  # centred, else ‖x‖² - 2 x·c + ‖c‖² cancels
         square = x.square().sum(1)
         for _ in range(n_init):
             c, moved = _seeds(x, square, k, generator), math.inf
             for i in range(max_iter + 1):  # assign, then move, unless this is the end
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square  # so far ‖c‖² - 2 x·c of the nearest c, now ‖x - c‖²
+                distance += square  # ‖c‖² - 2 x·c has the same nearest c; + ‖x‖²: it is ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
                 size, order = labels.bincount(minlength=k), labels.argsort(stable=True)
-                # Each cluster's mean, its rows side by side: in a fixed order, index_add_ in none.
+                # Means of the rows order[start : start + size]; index_add_ is not repeatable.
                 means = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
                 means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]  # farthest
                 moved, c = (means - c).square().sum(), means
@@ -363,17 +363,17 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], among at most 16 k points drawn half
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], in at most 16·k points: half
     uniformly, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018). The
     first drawn is the first seed; each next, the best of 2 + ⌊ln k⌋ drawn ∝ its squared distance to
-    the seeds before."""
-    weight = square + square.mean() + 1e-30  # far half, uniform half; 1e-30: if all x are equal
+    the seeds before. Memory: (16·k)² distances, 1 GiB at k = 1,000."""
+    weight = square.mean() + square + 1e-30  # uniform half + far half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
     chosen, closest, tries = [sample[0]], distances[0], 2 + int(math.log(k))
     for _ in range(1, k):
         i = torch.multinomial(closest + 1e-30, tries, replacement=True, generator=generator)
-        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest` with each try
+        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest` after each try
         best = nearer.sum(1).argmin()
         closest = nearer[best]
         chosen.append(sample[i[best]])
@@ -381,18 +381,18 @@ def _seeds(x, square, k, generator):
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices, in random order, of N candidates: z [N,d], scores s [N].
+    """Algorithm 1: 2k distinct indices of N candidates, by their features z [N,d], scores s [N].
 
-    From each of k clusters of the normalised features the `ends` of its ranking by score: the
-    lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a
-    cluster has one member or none, random ones fill in. ValueError: too few, or a NaN score.
+    From each of k clusters of normalised features two (the paper leaves it open): the lowest score
+    for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a cluster has
+    one member or none, random candidates fill in. ValueError: too few, or a NaN score.
     DOS (Jiang et al. 2024) takes from each cluster just the lowest s = p_{K+1}, so k: ends=(0,)."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
-    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), p=math.inf, eps=1e-30)
-    z_hat = F.normalize(z)  # line 2: z / ‖z‖, after z / max |z|, lest squares of z overflow
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; / max |z|: no overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
@@ -404,17 +404,17 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
 # ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
-    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} above the share q of them."""
+    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after the share q of the lowest."""
     first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # by index again
+    return s.argsort(stable=True)[first : first + n].sort().values  # in the order of s
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
-    """POEM (Ming et al. 2022): Bayesian regression of the ID/OOD boundary on features. gram = Z'Z
-    [d,d], zy = Z'y [d]; var, var_noise: the prior's and the noise's -> the posterior's mean [d] and
-    the Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
+    """POEM (Ming et al. 2022): Bayesian regression of targets y (ID < 0 < OOD) on features Z. gram
+    = Z'Z [d,d], zy = Z'y [d], variances of prior and noise -> the posterior's mean [d] and the
+    Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
     if gram.dtype != torch.float64 or zy.dtype != torch.float64:
         raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
     precision = gram / var_noise + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / var
@@ -980,7 +980,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
     """All metrics (fractions) and counts; *_out, *_ood_positive: OOD is positive."""
     s_in, s_out = _vector(s_in), _vector(s_out)
-    both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}
+    both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
     return {**rates, "auroc": auroc(s_in, s_out), **both, "n_in": len(s_in), "n_out": len(s_out)}
 
@@ -1714,8 +1714,11 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     if state and "gamma" not in state:  # a run's, which the caller has read already
         remark(f"warning: {path} is not finished: its weights so far are used")
     state = state or read_tensors(path)
-    for key in ("net", "state_dict", "model_state_dict", "model", "ema", "params", "weights"):
-        state = state.get(key, state) if isinstance(state, dict) else state
+    wraps = {*"net state_dict model_state_dict model params weights ema model_ema".split()}
+    while isinstance(state, dict) and (inside := sorted(wraps & {*state})):
+        if len(inside) > 1:
+            raise ValueError(f"{path} holds {' and '.join(inside)}: save one of them alone")
+        state = state[inside[0]]
     ours, theirs = (  # but for batch norm's counters, which old files lack
         {str(k): v for k, v in d.items() if torch.is_tensor(v) and "batches_tracked" not in str(k)}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
