@@ -23,6 +23,7 @@ logits); gamma the threshold (ID iff s <= gamma); N samples, K classes, d featur
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import copy
 import functools
@@ -352,9 +353,9 @@ def kmeans(
                 distance += square  # ‖c‖² - 2 x·c has the same nearest c; + ‖x‖²: it is ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
-                size, order = labels.bincount(minlength=k), labels.argsort(stable=True)
-                # Means of the rows order[start : start + size]; index_add_ is not repeatable.
-                means = F.embedding_bag(order, x, size.cumsum(0) - size, mode="mean")
+                member = F.one_hot(labels, k).to(x.dtype)  # [N,k]
+                size = member.sum(0)
+                means = member.mT @ x / size.clamp(min=1)[:, None]
                 means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]  # farthest
                 moved, c = (means - c).square().sum(), means
             runs.append((distance.sum().item(), labels, c))
@@ -934,7 +935,7 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, Fit], Tensor]] = 
     "absent": lambda net, x, f, z, fit: absent(net.fc(z)),
 }
 POST_HOC_ROWS = tuple(name for name in SCORES if name != "absent")
-NEED_FIT = {"react", "dice", "dice+react", "line"}
+NEED_FIT = {"react", "dice", "dice+react", "line"}  # and rows of yours that use `fit`
 
 
 # ==================================================================================================
@@ -1581,7 +1582,7 @@ class Config:
     reduction: str = option("paper", "Eq. (3), or Eq. (3) / N", choices=("paper", "released"))
     grad_every: int = option(1, "Eq. (3) in every N-th step only, with N-fold weight")
     noise: float = option(0.0, "Gaussian noise on training images, in [0,1] pixels")
-    stats: str = option("", "normalisation (the start's, else the ID data's)", choices=("", *STATS))
+    stats: str = option("", "normalisation (start's, ID data's, or cifar10)", choices=("", *STATS))
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
     channels_last: bool = option(False, "channels-last memory format")
@@ -1608,7 +1609,7 @@ def one_spelling(path: Any) -> str:
 
 def with_whole_paths(c: Config) -> Config:
     """`c` with each path in one spelling: it is the same run from every folder."""
-    parts = [v.partition("=") for v in c.ood]  # NAME=PATH, or a name
+    parts = [v.partition("=") for v in ([c.ood] if isinstance(c.ood, str) else c.ood)]
     ood = tuple(name + equals + one_spelling(path) for name, equals, path in parts)
     return replace(c, ood=ood, **{k: one_spelling(vars(c)[k]) for k in "id aux init root".split()})
 
@@ -1618,6 +1619,9 @@ def resolve(c: Config, had: str | None = None) -> Config:
     `had`: the normalisation that the weights had so far; if None, --init's is read."""
     plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # NumPy scalars
     c = with_whole_paths(replace(c, **plain))
+    for f in fields(c):
+        if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", [value])):
+            raise ValueError(f"no {f.name} {value!r}: one of {', '.join(known)}")
     method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
     if not init and (kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"):
         init = "torchvision"
@@ -1737,11 +1741,12 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
         pairs = dict(zip(ours, fits[0], strict=True))
     for own, its in pairs.items():
-        if its.rpartition(".")[2] != own.rpartition(".")[2] or theirs[its].shape != ours[own].shape:
-            shapes = f"{list(theirs[its].shape)}, the network's {own} {list(ours[own].shape)}"
+        old, new = ours[own], theirs[its]
+        if its.rpartition(".")[2] != own.rpartition(".")[2] or new.shape != old.shape:
+            shapes = f"{list(new.shape)}, the network's {own} {list(old.shape)}"
             raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
-        if not (theirs[its].is_floating_point() and theirs[its].isfinite().all()):
-            raise ValueError(f"{path} has NaN, infinity or integers in {its}: it diverged?")
+        if new.is_floating_point() != old.is_floating_point() or not new.isfinite().all():
+            raise ValueError(f"{path} has {new.dtype}, NaN or infinity in {its}: it diverged?")
     net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)  # counters
     return net
 
@@ -1836,8 +1841,8 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
         saved = stored(c.init)
         check_classes(saved, classes, size, c.init)
         given = load_weights(ARCHS[c.arch](K), Path(c.init).expanduser(), saved)
-        net.features = given.features
         net.fc.weight.data[:K], net.fc.bias.data[:K] = given.fc.weight.data, given.fc.bias.data
+        given.fc, net = net.fc, given
     return net
 
 
@@ -1901,10 +1906,11 @@ class Run:
 
 def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Images | None) -> Run:
     """A new run, or the folder's at the step where it stopped; ValueError if it is another."""
-    ranks, need = world()[1], METHODS[c.method].sampler.per_id * c.batch
+    ranks, sampler = world()[1], METHODS[c.method].sampler
+    need = c.batch * (c.candidates if sampler.pick else sampler.per_id)
     if c.batch % ranks or len(ids.x) < c.batch or (aux and len(aux.x) < need):
         has = f"{len(ids.x)} ID and {len(aux.x) if aux else 0} auxiliary images, {ranks} processes"
-        raise ValueError(f"{has} give no equal shares of {c.batch} and {need}: another --batch?")
+        raise ValueError(f"{has} give no equal shares of {c.batch}, {need} (--batch, --candidates)")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # no --init then
@@ -1933,7 +1939,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         net.load_state_dict(state["net"])
         sgd.load_state_dict(state["optimizer"])
         sums += state["sums"].to(device)
-        run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux")})
+        run.config = replace(c, **{k: state["config"][k] for k in ("m_in", "m_aux", "init")})
         return replace(run, **{k: state[k] for k in ("epoch", "step", "memory", "rows")})
     row = log(run, {"epoch": 0})
     if c.margins and aux and not METHODS[c.method].margins:
@@ -2333,8 +2339,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     done, file = read_results(folder), folder / "checkpoint.pt"
-    begun = done or (stored(file) if file.exists() else {})  # --init may be gone
-    c = resolve(config, begun.get("config", {}).get("stats"))
+    had = (done or (stored(file) if file.exists() else {})).get("config", {})  # --init may be gone
+    c = resolve(replace(config, ood=config.ood or had.get("ood", ())), had.get("stats"))
     if done:
         check_same(c, done["config"], folder)
         known = {*done["config"]["ood"], *done["gradient_norm"]}
@@ -2345,9 +2351,11 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
-    idle = () if METHODS[c.method].gradient else ("lambda_grad", "reduction", "grad_every")
-    idle = [k for k in idle if getattr(c, k) != getattr(Config, k)]
-    if idle := idle + ["aux"] * bool(config.aux and not c.aux):
+    m = METHODS[c.method]
+    uses = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
+    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}
+    idle = [k for names, used in uses.items() for k in names.split() if not used]
+    if idle := [k for k in idle if getattr(config, k) != getattr(Config, k)]:
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
         train_set, test_set, ood = load_sets(c)
@@ -2588,7 +2596,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     def ood_sets(r):  # names, and of NAME=PATH the file's
         files = dict(v.split("=", 1) for v in r["config"]["ood"] if "=" in v)
         names = [k for k in r["gradient_norm"] if k != "id"]
-        return ", ".join(f"{k} ({Path(files[k]).name})" if k in files else k for k in names)
+        return ", ".join(f"{k} ({files[k]})" if k in files else k for k in names)
 
     if len(sets := {ood_sets(r) for r in results}) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
@@ -2598,6 +2606,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
         note = f"- {c['method']}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), auxiliary "
         note += f"{path_stem(c['aux'] or 'none')}, {'fine-tuned' if c['init'] else 'from scratch'}"
         notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
+    most = max(map(len, found.values()), default=0)
     for label, name, *figures in PAPER[number]:
         method, score = (name, METHODS[name].score) if name in METHODS else ("ce", name)
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
@@ -2605,7 +2614,8 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
             runs, theirs = found.get((*wanted, method), ()), paper.get((*wanted, key, metric))
             cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)  # Table 6: "ID"
             values = [v[key][metric] for v in cells if key in v]
-            ours = mean_std(values) if values else "not run"
+            few = f" ({len(values)} of {most} seeds)" if len(values) < most else ""
+            ours = mean_std(values) + few if values else "not run"
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
@@ -2913,8 +2923,9 @@ def command_figure(args: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
-    if of_runs and not args.folders:
-        raise ValueError(f"figure {args.which} is drawn from run folders: name them")
+    if of_runs != bool(args.folders):
+        need = "run folders: name them" if of_runs else "no folder"
+        raise ValueError(f"figure {args.which} takes {need}")
     if rows := draw[args.which](*([args.folders] if of_runs else []), out):
         lines = [[key, *(f"{row[key]:.3g}" for row in rows.values())] for key in rows[0.0]]
         say(shown(["", *(f"λ_∇S = {v:g}" for v in rows)], lines))
@@ -2996,6 +3007,8 @@ def pick_device(name: str) -> torch.device:
             remark(f"process {os.environ.get('RANK')} waits for the others")
             slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
             torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=slow)
+            # At the end of the process, as `main` may be called again.
+            atexit.register(lambda: world()[1] > 1 and torch.distributed.destroy_process_group())
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"no device {name!r}, or torchrun's processes do not meet: {e}") from None
     return device
@@ -3023,9 +3036,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         plain = str(e) and isinstance(e, known)
         kind = "" if plain else f"{type(e).__name__} (GREG_DEBUG=1 shows where): "
         reason, code = kind + " ".join(str(e).split())[:600], 2
-    finally:
-        if world()[1] > 1:
-            torch.distributed.destroy_process_group()
     print(f"greg: error: {reason}", file=sys.stderr or io.StringIO())
     return code
 

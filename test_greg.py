@@ -61,8 +61,7 @@ def seeded(seed, build):
         return build()
 
 
-def refuses(call, *words, error=ValueError):
-    """`call` raises `error`, and its one-line message holds every word."""
+def refuses(call, *words, error=ValueError):  # `call` raises it, in one line that holds all words
     with pytest.raises(error) as caught:
         call()
     assert "\n" not in (text := str(caught.value)) and all(word in text for word in words), text
@@ -83,8 +82,7 @@ FOREIGN = {  # small networks, with attention and activation checkpointing
 }
 
 
-def smooth_net(seed, K=3):
-    """Twice differentiable; in training mode batch norm has every sample feel every other."""
+def smooth_net(seed, K=3):  # twice differentiable; in training every sample feels every other
     layers = nn.Flatten(), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Softplus()
     net = greg.Net(nn.Sequential(*layers), 8, K).double()
     nn.utils.vector_to_parameters(normal(seed, 200), net.parameters())
@@ -176,6 +174,10 @@ def test_scores_of_logits_and_the_compared_losses_are_what_they_are_called(seed,
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_any_network_has_features_and_a_loss_with_the_gradient_of_differences(name):
+    def loss(step):  # margins that have every ID image count in Eq. (3)
+        nn.utils.vector_to_parameters(w + step * v, weights)
+        return greg.greg_loss(net, x[:2], torch.tensor([1, 3]), x[2:], 99.0, 100.0, 0.0, 3.0)
+
     library = pytest.importorskip("timm" if "timm" in name else "torchvision").models
     net = seeded(0, lambda: FOREIGN[name](library)).double().eval()
     if "timm" in name:
@@ -183,11 +185,6 @@ def test_any_network_has_features_and_a_loss_with_the_gradient_of_differences(na
     x, weights, h = normal(2, 4, 3, 16, 16), list(net.parameters()), 1e-7
     w = torch.cat([p.detach().flatten() for p in weights])
     w, v = w + 0.05 * normal(1, len(w)), normal(3, len(w))  # away from zeros that networks start at
-
-    def loss(step):  # margins that have every ID image count in Eq. (3)
-        nn.utils.vector_to_parameters(w + step * v, weights)
-        return greg.greg_loss(net, x[:2], torch.tensor([1, 3]), x[2:], 99.0, 100.0, 0.0, 3.0)
-
     out = loss(0)
     with sdpa_kernel(SDPBackend.MATH):  # as backward() through checkpointed attention needs it
         grads = torch.autograd.grad(out.loss, weights, materialize_grads=True)
@@ -214,8 +211,7 @@ def test_kmeans_ends_at_a_fixed_point_whatever_the_ties(seed, size, k):
     assert all(torch.allclose(c[j], x[labels == j].mean(0), atol=1e-5) for j in labels.unique())
 
 
-def lloyd(x, c, steps, tol):
-    """Lloyd's iterations, by recursion: the points farthest from theirs fill empty clusters."""
+def lloyd(x, c, steps, tol):  # by recursion: points farthest from theirs fill empty clusters
     d = torch.cdist(x, c).square()
     if steps == 0:
         return d.argmin(1), c, d.min(1).values.sum()
@@ -343,8 +339,7 @@ def layer(code, c):  # a layer for c channels by its letter
     }[code]  # fmt: skip
 
 
-def network(layers, seed, shape=(2, 6, 6), K=3):
-    """Layers or letters, with weights of every sign and size, batch norms of scale <= 0 too."""
+def network(layers, seed, shape=(2, 6, 6), K=3):  # weights of all signs and sizes, BN's <= 0 too
     x, h = torch.zeros(1, *shape), nn.Sequential()
     for m in layers:
         h.append(layer(m, x.shape[1]) if isinstance(m, str) else m)
@@ -363,8 +358,7 @@ def networks(letters="cs1brRPDanp"):  # strategy: a network of images or of vect
     return st.builds(network, images, seeds) | st.builds(network, vectors, seeds, st.just((2,)))
 
 
-def around(net, x, eps, seed, n=30):
-    """Points within eps of x [1,...], itself first, and where attacks on S go."""
+def around(net, x, eps, seed, n=30):  # points within eps of x: x, random ones, where attacks go
     inside = torch.rand(n, 1, generator=generator(seed), dtype=x.dtype) ** 0.2 * (1 - 1e-9)
     u = F.normalize(normal(seed + 1, n, x.numel())) * eps * inside
     ends = [greg.attack(net, x, v, eps, 5, 1).x for v in (-math.inf, math.inf)]
@@ -381,13 +375,12 @@ def test_radius_of_equation_4_is_the_margin_over_l_and_capped(seed, lipschitz, e
 
 @given(seeds, *[st.integers(1, 3)] * 6, st.integers(0, 2), st.integers(1, 2), st.integers(1, 2))
 def test_conv_norm_is_circular_and_a_bound(seed, c_in, c_out, k1, k2, s1, s2, p, d, groups):
-    weight = normal(seed, c_out * groups, c_in, k1, k2) * (1, 0, 1e-200, 1e200)[seed % 4]
-    options = dict(stride=(s1, s2), dilation=d, groups=groups)
-
     def norm(p, *hw, **wrap):
         f = lambda x: F.conv2d(F.pad(x, p, **wrap), weight, **options)  # noqa: E731
         return torch.linalg.matrix_norm(matrix(f, normal(0, 1, c_in * groups, *hw)), 2).item()
 
+    weight = normal(seed, c_out * groups, c_in, k1, k2) * (1, 0, 1e-200, 1e200)[seed % 4]
+    options = dict(stride=(s1, s2), dilation=d, groups=groups)
     torus = [s if k == 1 else -(-(n + 2 * p) // s) * s for n, k, s in ((6, k1, s1), (5, k2, s2))]
     circular = norm((0, d * (k2 - 1), 0, d * (k1 - 1)), *torus, mode="circular")
     bound = greg.conv_norm(weight, (6, 5), padding=p, **options)  # no window that is kept wraps
@@ -619,8 +612,7 @@ def test_attacks_reach_what_can_be_reached():
 COUNTS = {"resnet18": 11173962, "wrn40_2": 2243546, "densenet100": 769162, "densenet121": 6964106}
 
 
-def disturb(net, seed):
-    """Random batch norm statistics and scales, so that no wrong order goes unseen."""
+def disturb(net, seed):  # its batch norms, at random: no wrong order goes unseen
     g = generator(seed)
     for m in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         for t, low in (m.weight, 0.5), (m.bias, -0.5), (m.running_mean, -0.5), (m.running_var, 0.5):
@@ -696,8 +688,8 @@ MISFITS = {  # what a file holds, and words of the sentence about it
     "twice": ({f"{a}.{k}": v for a in ("ema", "last") for k, v in STATE.items()}, "2 sets"),
     "hostile": ({"state_dict": hostile}, "posix.mkdir", "state dict alone"),
     "html": (b"<!DOCTYPE html>", "no file of torch.save", "<!DOCTYPE"), "empty": (b"", "is empty"),
-    "list": ([1, 2], "0 tensors (list"), "int": (STATE | {"fc.bias": pixels(0, 10)}, "integers in"),
-    "nan": (STATE | {"fc.bias": STATE["fc.bias"] * math.nan}, "infinity or integers in fc.bias"),
+    "list": ([1, 2], "0 tensors (list"), "int": (STATE | {"fc.bias": pixels(0, 10)}, "uint8"),
+    "nan": (STATE | {"fc.bias": STATE["fc.bias"] * math.nan}, "NaN or infinity in fc.bias"),
     "kernels": ({"w": {}}, "0 tensors (w"), "both": ({"net": {}, "ema": {}}, "ema and net"),
 }  # fmt: skip
 
@@ -1178,8 +1170,7 @@ def test_imagenet_is_split_into_id_and_auxiliary_classes(tmp_path, monkeypatch):
 
 
 # ---- Training (section 8)
-def coloured(seed, n):
-    """Small images of four classes, which are colours, so that a run takes a second."""
+def coloured(seed, n):  # small images of four classes, the colours: a run takes a second
     y, x = torch.arange(n) % 4, (pixels(seed, n, 8, 8, 3) // 3).int()
     x[..., 0] += (y * 40)[:, None, None].int()
     return greg.Images(x.byte(), y, tuple("abcd"))
@@ -1199,7 +1190,6 @@ BASE |= {"schedule": "cosine", "workers": 0}
 
 @given(st.sampled_from(CONVS), st.sampled_from(NORMS), st.booleans(), st.booleans())
 def test_the_fast_double_backward_is_autograds_own(conv, norm, last, training):
-    """In float64, for convolutions of all kinds and every norm; third derivatives are refused."""
     layers = [greg.Concat(nn.Conv2d(2, 2, 3, 1, 1, bias=False)), norm(4), nn.ReLU(inplace=True)]
     layers += [nn.Conv2d(4, 4, 3, **conv), norm(4), greg.Concat(nn.ReLU()), nn.Flatten()]
     net = nn.Sequential(*layers, nn.LazyLinear(5), nn.BatchNorm1d(5), nn.Softplus()).double()
@@ -1393,7 +1383,8 @@ def test_the_compared_methods_mix_weigh_and_mine_as_their_authors_do(monkeypatch
 @pytest.mark.parametrize("method", ["greg+", "poem+grad", "balanced"])
 def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monkeypatch, capsys):
     """Also on files with any number of workers; a loss that is not finite stops a run too."""
-    options = {"init": begin, "noise": 0.05} | (as_files(tmp_path) if method == "greg+" else {})
+    options = {"init": begin, "noise": 0.05, "candidates": 4}
+    options |= as_files(tmp_path) if method == "greg+" else {}
     a, b, c = map(tmp_path.joinpath, "abc")
     loss, clock = greg.greg_loss, itertools.count(1e10, 999)
     before = [signal.signal(number, signal.SIG_DFL) for number in greg.SIGNALS]
@@ -1467,7 +1458,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         ("ce", small, "lr=0.1 init="), ("ce", f"{small} init={begin}", "lr=0.001"),
         ("ce", "id=cifar100", "stats=cifar100 aux="), ("ce", "id=. stats=dice", "stats=dice"),
         ("greg+", "aux=imagenet", "aux=imagenet"), ("greg+", "id=synthetic", "aux=synthetic"),
-        ("greg+", "id=a aux=a/b", "stats=cifar10"), ("greg+", "", "aux=random300k size=32 lr=0.1"),
+        ("greg+", "aux=a/b ood=ab", "ood=('ab',)"), ("greg+", "", "aux=random300k size=32 lr=0.1"),
         ("greg+", f"{big} init={begin}", "aux=imagenet:20 lr=0.001 epochs=20 stats=cifar10"),
         ("greg+", f"{big} init={begin} aux=imagenet", "aux=imagenet:20"),
         ("greg", f"init={file}", "stats=dice"), ("greg", f"init={file} stats=dice", "stats=dice"),
@@ -1486,6 +1477,7 @@ def test_a_configuration_suits_its_data_and_keeps_what_was_given_or_is_refused(b
         *((f"--{k} ".replace("_", "-"), {k: 0}) for k in above_0), ("--wd", {"wd": math.inf}),
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}), ("imagenet", {"stats": "dice"}),
+        ("'x': one of ce, e", {"method": "x"}), ("'Auto': one of , auto", {"margins": "Auto"}),
         ("dice", {"init": file, "stats": "cifar10"}), ("--m-aux", {"margins": "auto", "m_in": -9}),
     ):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
@@ -1505,15 +1497,21 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
         (folder, ["other images"], {"aux": aux}), (folder, ["['d']", "['e']"], {"ids": other}),
         (new, ["['d']", "['e']"], {"ids": other}), (new, ["--arch"], {"arch": "wrn40_2"}),
         (new, ["64 ID"], {"batch": 65, "aux": aux}),
-        (new, ["31 aux", "16 and 32", "--batch"], {"aux": aux._replace(x=aux.x[:31])}),
+        (new, ["31 aux", "of 16, 32 (--batch"], {"aux": aux._replace(x=aux.x[:31])}),
         (new, ["['c']", "--n-train"], {"ids": IDS._replace(y=IDS.y.where(IDS.y != 2, 0))}),
         (folder, ["other images"], {"ids": IDS._replace(x=IDS.x[[*range(16), *range(48)]])}),
     ):  # fmt: skip
         refuses(lambda where=where, change=change: again(where, **change), *words)
+    refuses(lambda: begun(new, "greg+", init=begin, candidates=7), "of 16, 112 (--batch, --cand")
     refuses(lambda: greg.stored(tmp_path), str(tmp_path), error=FileNotFoundError)
     state, config = greg.stored(folder), greg.stored(folder)["config"]
     for key in "arch", "method", "stats":
         refuses(lambda k=key: greg.saved_config(config | {k: "mine"}), f"no {key} 'mine' here")
+    gone = state | {"config": config | {"init": "/gone/ce", "ood": ("x",)}}
+    monkeypatch.setattr(greg, "load_sets", lambda c: os.stat(*c.ood))
+    torch.save(gone, folder / "checkpoint.pt")
+    refuses(lambda: greg.train(of("oe", **BASE, init=begin), folder), "'x'", error=OSError)
+    assert again().config.init == "/gone/ce"
     old = {k: v for k, v in config.items() if k not in ("noise", "margins")}
     assert greg.saved_config(old | {"grad_share": 1.0}) == greg.saved_config(config)
     with greg.alone(folder):
@@ -1536,6 +1534,10 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
 
 
 def test_a_further_class_and_a_new_head_are_of_the_seed(begin, tmp_path, monkeypatch, capsys):
+    def own(K):  # with integers and a weight beside features and head
+        (net := small(K)).register_buffer("at", torch.arange(3))
+        return net.register_parameter("own", nn.Parameter(torch.rand(3))) or net
+
     heads, file = [], f"{begin}/checkpoint.pt"
     start, state = greg.load_weights(greg.ARCHS["wrn10_1"](4), file), torch.get_rng_state()
     for seed, size in (0, 8), (2**70 + 1, 8), (0, 9):
@@ -1552,6 +1554,10 @@ def test_a_further_class_and_a_new_head_are_of_the_seed(begin, tmp_path, monkeyp
     net = greg.build(greg.Config("ce", init="torchvision", arch="densenet121"), "abc")
     exactly(net.features.state_dict(), source.features.state_dict())
     assert net.fc.out_features == 3
+    monkeypatch.setitem(greg.ARCHS, "mine", own)
+    torch.save((source := own(3)).state_dict(), file)
+    net = greg.build(greg.Config("ce", init=str(file), arch="mine"), "abc")
+    exactly(net.state_dict(), source.state_dict())
     for odd in lambda K: small(K + 1), lambda K: nn.Linear(9, K):
         monkeypatch.setitem(greg.ARCHS, "mine", odd)
         refuses(lambda: greg.build(greg.Config("ce", arch="mine"), "abc"), "'mine'](3) is no")
@@ -1605,8 +1611,7 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
     bar.set_postfix_str.assert_called_once_with("loss 2 accuracy 0.5", refresh=False)  # no zeros
 
 
-def steps_of_a_process(rank, ranks, folder, options):
-    """Two steps of training in float64, with a signal to the last process in the second."""
+def steps_of_a_process(rank, ranks, folder, options):  # two, with a signal to the last in one
     ours = {"rank": rank, "world_size": ranks}
     torch.distributed.init_process_group("gloo", f"file://{folder}/store{ranks}", **ours)
     union = normal(1, 12, 3, 8, 8), torch.arange(12) % 4, normal(2, 12, 3, 8, 8)
@@ -1617,12 +1622,12 @@ def steps_of_a_process(rank, ranks, folder, options):
     run.stopped_by = int(signal.SIGHUP) * (rank + 1 == ranks)
     with pytest.raises(SystemExit, match=str(128 + (run.stopped_by or signal.SIGTERM))):
         greg.train_epoch(run)
+    assert greg.main([]) == 2 and greg.world()[1] == ranks  # a command leaves the group as it is
     torch.save([run.net.state_dict(), run.sums], folder / f"{ranks}{rank}.pt")
 
 
 @pytest.mark.parametrize("more", [{"reduction": "released"}, {}, {"sync_bn": False}])
 def test_two_processes_take_the_step_of_one_on_the_union(more, begin, tmp_path):
-    """Where batch statistics are synchronised; all end with one network, and stop together."""
     options = {"init": begin, "m_in": -2.2, "m_aux": -2.0, "lambda_grad": 3.0, "lambda_s": 0.5}
     options |= {"sync_bn": True} | more
     for n in 1, 2:
@@ -1643,8 +1648,7 @@ parsed = lambda line: greg.parser().parse_args(shlex.split(line))  # noqa: E731
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """Built-in images at 8×8 as a user's own files, and two finished runs on them: ce, greg."""
+def lab(tmp_path_factory):  # built-in images as a user's own files, two finished runs: ce, greg
     folder, arrays = tmp_path_factory.mktemp("lab"), {}
     for name, n in {"train": 320, "test": 200, "aux": 256, "cells": 60, "rays": 40}.items():
         images = greg.synthetic(name, n)
@@ -1661,17 +1665,15 @@ def lab(tmp_path_factory):
 
 
 @pytest.fixture()
-def cli(lab, monkeypatch, capsys):
-    """Runs a command line in the lab, expecting its exit code -> stdout, stderr."""
-    monkeypatch.chdir(lab)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # its digits are a CPU's
-
+def cli(lab, monkeypatch, capsys):  # runs a command in the lab, expecting its code -> its output
     def run(line, code=0):
         capsys.readouterr()
         with contextlib.suppress(SystemExit):  # of --help
             assert greg.main(shlex.split(line)) == code, (line, capsys.readouterr())
         return capsys.readouterr()
 
+    monkeypatch.chdir(lab)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # its digits are a CPU's
     return run
 
 
@@ -1737,8 +1739,11 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)  # where `near` is another path
     for message, odd in *others, ("lr 0.05 -> 0.5", {"lr": 0.5}), (f"-> {near}", {"id": near}):
         refuses(lambda odd=odd: greg.train(greg.replace(c, **odd), lab / "ce"), message)
-    pytest.raises(OSError, greg.train, greg.Config("ce", "no.npz", "x", lambda_grad=2.0), tmp_path)
-    assert re.search(r"ce is fin[^$]*left out, .*: lambda_grad aux\n", capsys.readouterr().err)
+    odd = greg.Config("ce", "no.npz", "x", lambda_grad=2.0, m_in=-9.0, candidates=9)
+    tuned = greg.Config("oe+grad", "no.npz", "x", init=f"{lab}/ce", m_aux=-1.0)
+    for c, said in (odd, "is fin[^$]*lambda_grad candidates aux m_in\n"), (tuned, ": m_aux\n"):
+        pytest.raises(OSError, greg.train, c, tmp_path)
+        assert re.search(said, capsys.readouterr().err)
     assert {"torch", "device", "argv"} < {*json.loads(text)} and not greg.read_results(tmp_path)
     refuses(lambda: greg.save_results(tmp_path / "none", {"x": math.inf}, {}), "JSON")
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
@@ -1818,10 +1823,11 @@ def test_the_papers_figures_agree_and_a_table_has_ours_beside_them_and_of_what_t
     cells = {row[0]: row[1:] for row in rows}
     assert header[:2] == ["method", "cifar10 resnet18 mean fpr95"]
     assert cells["GReg"][:2] == ["50.00 ± 35.36 (7.9)", "25.00 ± 17.68 (97.95)"]
-    assert cells["OE"][0] == "50.00 (19.92)" and cells["Energy loss"][0] == "not run (11.14)"
+    assert cells["Energy loss"][0] == "not run (11.14)"
+    assert cells["OE"][0] == "50.00 (1 of 2 seeds) (19.92)"
     assert "- oe: ID cifar10 (64), auxiliary none, fine-tuned, 3 epochs; OOD a, b\n" in text
     assert "- greg: ID cifar10 (all), auxiliary" in text and text.count("not run (") == 56
-    refuses(lambda: greg.paper_table(1, [*runs, fake_result(ood=["a=d/x"])]), "a (x), b and a, b")
+    refuses(lambda: greg.paper_table(1, [*runs, fake_result(ood=["a=d/x"])]), "a (d/x), b and")
     last = [(6, fake_result("ce")), (3, fake_result(id="imagenet:1", arch="densenet121"))]
     (clean, *_), (*_, greg_row, _) = (table_rows(greg.paper_table(n, [r]))[0][1:] for n, r in last)
     assert clean == ["Clean", "12.50 (94.84)", "not run (94.03)"] and len(greg_row) == 11
@@ -2038,7 +2044,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         train --id id.npz --arch wrn10_1 --init ce --ood a=rays.npy --aux TMP/x.npy | ID images;
         eval ce --out ce | own folder; certify TMP/react | energy; train --out '' | is empty;
         certify greg --images -1 | need images; certify TMP/renamed --out none | zero;
-        eval ce --weights aux.npy | --weights; table 2 --margins auto | pre-trained;
+        eval ce --weights aux.npy | --weights; table 2 --margins auto | start; figure 1 x | no f;
         predict TMP/stopped a | finished; table --runs . --methods ce | number; figure 3 | folders;
         eval greg --ood a=aux.npy | trained on; certify nowhere | nowhere; eval TMP/w.pt | weigh"""
     for name, x in ("copy", np.load("aux.npy")), ("x", np.load("id.npz")["x_test"]):
@@ -2094,13 +2100,12 @@ def test_commands_explain_themselves_parse_options_and_check_the_device(cli, mon
 
 @pytest.mark.parametrize("job", ["cifar.sh demo", "cifar.sh cifar100", "imagenet.sh"])
 def test_scripts_explain_themselves_and_a_dry_run_can_be_pasted(job, tmp_path):
-    env = {"RUNS": f"{tmp_path}/a b", "SEEDS": "0\n3", "OOD": "svhn,x=y.npy\n", "EXTRA": "--amp"}
-    env |= os.environ | {"PYTHON": sys.executable, "DOWNLOAD": "0"}
-    script, *job = f"{HERE}/run_{job}".split()
-
     def bash(*words):
         return subprocess.run(["bash", script, *words], capture_output=True, text=True, env=env)
 
+    env = {"RUNS": f"{tmp_path}/a b", "SEEDS": "0\n3", "OOD": "svhn,x=y.npy\n", "EXTRA": "--amp"}
+    env |= os.environ | {"PYTHON": sys.executable, "DOWNLOAD": "0"}
+    script, *job = f"{HERE}/run_{job}".split()
     assert "usage" in bash("--help").stdout
     for bad in map(bash, ("cifar11", "demo", ""), ("", "--dry", "--dry-run"), ("", "", "x")):
         assert bad.returncode == 2 and "usage" in bad.stderr
@@ -2112,18 +2117,16 @@ def test_scripts_explain_themselves_and_a_dry_run_can_be_pasted(job, tmp_path):
     assert all(args.amp and args.ood == ["svhn", "x=y.npy"] for args in runs)
 
 
-def readme_with_map():
-    """The README, with where in greg.py the names stand that its map of the paper lists."""
+def readme_with_map():  # the README, its map of the paper with the lines of greg.py
+    def row(found):
+        return found[1] + ", ".join(lines[name] for name in re.findall(r"`(\w+)`", found[2])) + " |"
+
     text, lines = (HERE / "README.md").read_text(), {}
     for node in ast.parse((HERE / "greg.py").read_text()).body:
         for target in getattr(node, "targets", [getattr(node, "target", node)]):
             a, b = node.lineno, node.end_lineno
             name = getattr(target, "id", getattr(target, "name", None))
             lines[name] = f"[{a}-{b}](greg.py#L{a}-L{b})"
-
-    def row(found):
-        return found[1] + ", ".join(lines[name] for name in re.findall(r"`(\w+)`", found[2])) + " |"
-
     head, table, rest = re.split("(?<=<!-- map -->\n)|(?=<!-- /map -->)", text)
     return head + re.sub(r"(?m)^(\| .* \| (`.*`) \| ).*$", row, table) + rest
 
@@ -2146,8 +2149,10 @@ def test_the_readme_has_the_map_of_the_module_commands_that_parse_and_code_that_
 
 
 # ---- python test_greg.py bench [NETWORK [ID IMAGES A STEP]]: medians over rounds, by turns
-def released_step(KMeans, net, optimizer, x_in, y_in, candidates):
-    """A GReg+ step as the released code takes it: Python loops, two forwards, a Jacobian."""
+def released_step(KMeans, net, optimizer, x_in, y_in, candidates):  # as the authors' code has it
+    def scalar(x):
+        return F.relu((s := greg.energy_score(net(x)))[n:] + 7).mean() - F.relu(-25 - s[:n]).mean()
+
     n, (z, f) = len(x_in), greg.embed(net, candidates)
     labels = KMeans(n, n_init=3).fit(F.normalize(z).cpu().numpy()).labels_.tolist()
     order = greg.energy_score(f).argsort().tolist()
@@ -2155,10 +2160,6 @@ def released_step(KMeans, net, optimizer, x_in, y_in, candidates):
     chosen = {i for members in clusters for i in (*members[:1], *members[-1:])}
     rest = [i for i in torch.randperm(len(z)).tolist() if i not in chosen]
     x = torch.cat([x_in, candidates[[*chosen, *rest[: 2 * n - len(chosen)]]]])
-
-    def scalar(x):
-        return F.relu((s := greg.energy_score(net(x)))[n:] + 7).mean() - F.relu(-25 - s[:n]).mean()
-
     s_in, s_aux = greg.energy_score(f := net.train()(x)).tensor_split([n])
     loss = F.cross_entropy(f[:n], y_in) + 0.1 * greg.energy_loss(s_in, s_aux)
     J = torch.autograd.functional.jacobian(scalar, x, create_graph=True)
@@ -2168,16 +2169,15 @@ def released_step(KMeans, net, optimizer, x_in, y_in, candidates):
 
 
 def bench(arch="wrn10_1", n=64, rounds=3):
+    def add(group, name, f, *args):
+        timers.append(Timer(globals={"f": f, "args": args}, label=group, sub_label=name, **same))
+
     from sklearn.cluster import KMeans
     from torch.utils.benchmark import Compare, Timer
 
     n, timers, folder, device = int(n), [], tempfile.TemporaryDirectory(), greg.pick_device("auto")
     same = {"description": f"{arch}, {n} ID images, {device}", "stmt": "f(*args)"}
     same["num_threads"] = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
-
-    def add(group, name, f, *args):
-        timers.append(Timer(globals={"f": f, "args": args}, label=group, sub_label=name, **same))
-
     ids, aux, net = greg.synthetic("train", n), greg.synthetic("aux", 6 * n), greg.ARCHS[arch](10)
     torch.save(net.state_dict(), begin := f"{folder.name}/begin.pt")
     greg.end_epoch = lambda run, row: setattr(run, "step", 0)  # an epoch of one step, again
