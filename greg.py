@@ -2591,21 +2591,17 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     """Table `number`: ours, mean ± std over seeds (the paper's); below, what ours was made on."""
     data = one_spelling(id_data)  # by which runs are found
     columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
-    columns, rows, notes, found = [*dict.fromkeys(columns)], [], set(), {}  # fromkeys: no repeats
-
-    def ood_sets(r):  # names, and of NAME=PATH the file's
-        files = dict(v.split("=", 1) for v in r["config"]["ood"] if "=" in v)
-        names = [k for k in r["gradient_norm"] if k != "id"]
-        return ", ".join(f"{k} ({files[k]})" if k in files else k for k in names)
-
-    if len(sets := {ood_sets(r) for r in results}) > 1:
-        raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
+    columns = [*dict.fromkeys(columns)]  # without repeats
+    rows, notes, sets, found = [], set(), set(), {}
     for r in results:
-        c = r["config"]
+        c, own = r["config"], {v.partition("=")[0]: v for v in r["config"]["ood"]}  # NAME=PATH
+        sets.add(", ".join(own.get(k, k) for k in r["gradient_norm"] if k != "id"))
         found.setdefault((one_spelling(c["id"]), c["arch"], c["method"]), []).append(r)
         note = f"- {c['method']}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), auxiliary "
         note += f"{path_stem(c['aux'] or 'none')}, {'fine-tuned' if c['init'] else 'from scratch'}"
-        notes.add(f"{note}, {c['epochs']} epochs; OOD {min(sets)}\n")
+        notes.add(f"{note}, {c['epochs']} epochs\n")
+    if len(sets) > 1:
+        raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
     most = max(map(len, found.values()), default=0)
     for label, name, *figures in PAPER[number]:
         method, score = (name, METHODS[name].score) if name in METHODS else ("ce", name)
@@ -2619,7 +2615,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
-    text = f"Ours in %, mean ± std over seeds (the paper's Table {number}).\n"
+    text = f"Ours in %, mean ± std over seeds (the paper's Table {number}); OOD: {''.join(sets)}\n"
     return f"{shown(header, rows, file)}\n{text}{''.join(sorted(notes))}"
 
 
@@ -3007,7 +3003,6 @@ def pick_device(name: str) -> torch.device:
             remark(f"process {os.environ.get('RANK')} waits for the others")
             slow = 8 * torch.distributed.default_pg_timeout  # others wait where the first downloads
             torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=slow)
-            # At the end of the process, as `main` may be called again.
             atexit.register(lambda: world()[1] > 1 and torch.distributed.destroy_process_group())
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"no device {name!r}, or torchrun's processes do not meet: {e}") from None
