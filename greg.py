@@ -3,8 +3,8 @@
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the method, those it is compared with,
 and certificates, on torch alone (one function: SciPy); 7-9 run them. GReg alone is 2 and 3 down to
-their first "# ----" line, `eval_mode` in 5, and `Sampler`, `Method`, `batches`, `train_epoch` in 8:
-read these first. "Needs:" (1 to 6): what a section takes from others, besides this head.
+"of other methods", `eval_mode` in 5, and `Sampler`, `Method`, `batches`, `train_epoch` in 8: read
+these first. "Needs:" (1 to 6): what a section takes from others, besides this head.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -87,7 +87,7 @@ class Residual(nn.Module):
 
 
 class Concat(Residual):
-    """x -> [x, body(x)] along the channels."""
+    """x -> [x, body(x)] along the channels: a Residual that joins instead of adding."""
 
     def __init__(self, body: nn.Module):
         super().__init__(body, nn.Identity())
@@ -140,7 +140,7 @@ def resnet18(K: int) -> Net:
 
 
 def wrn(depth: int, width: int, K: int) -> Net:
-    """Wide ResNet (Zagoruyko & Komodakis 2016) without dropout, d = 64 width, depth = 6 n + 4."""
+    """Wide ResNet (Zagoruyko & Komodakis 2016) without dropout, d = 64·width, depth = 6·n + 4."""
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40, ...), got {depth}")
     layers, c_in, n = [_conv(3, 16, 3)], 16, (depth - 4) // 6
@@ -200,7 +200,7 @@ def energy_score(logits: Tensor) -> Tensor:
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
     """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)² (means
-    over all of s_in [n] and s_aux [m], zeros too) -> scalar. Margins: the authors' code's."""
+    over all of s_in [n] and s_aux [m], zeros too) -> scalar. Margins: from the authors' code."""
     if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
         raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
@@ -225,7 +225,7 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    Scores that Eq. (1) still pushes count as 0; ∇S in training mode: see `gradient_norm`. s [N], x
+    Samples that Eq. (1) still pushes count as norm 0; training mode: `gradient_norm`. s [N] of x
     [N,...]: first n_in ID. reduction="released" is Eq. (3) / N, the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
@@ -242,7 +242,7 @@ def _logits(f):  # logits, (logits, ...) or {"logits": ...} -> logits
 GregLoss = namedtuple("GregLoss", "loss ce energy gradient logits scores")
 
 
-@sdpa_kernel(SDPBackend.MATH)  # if `net` has attention: fused, it has no second derivative
+@sdpa_kernel(SDPBackend.MATH)  # fused attention has no second derivative, which Eq. (3) needs
 def greg_loss(
     net: nn.Module, x_in: Tensor, y_in: Tensor, x_aux: Tensor, m_in: float = -25.0,
     m_aux: float = -7.0, lambda_s: float = 0.1, lambda_grad: float = 1.0, reduction: str = "paper",
@@ -251,11 +251,11 @@ def greg_loss(
     """GReg (Section 4.1): L = L_CE + lambda_s · Eq. (1) + lambda_grad · Eq. (3), in one forward.
 
     x_in [n,...], y_in [n] labels or [n,K] probabilities, x_aux [m,...]. `net`: any module giving
-    logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For another method
-    (Table 4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1), `score` S: low for ID, m_in and m_aux on
-    its scale. ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
-    ValueError: m_in >= m_aux in Eq. (1), an empty side, images of two sizes, a part of `net`
-    compiled or in DDP with static_graph (Eq. (3) is lost). Where attention is checkpointed,
+    logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For other methods (Table
+    4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1); `score` replaces S (low for ID; m_in, m_aux on
+    its scale). ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
+    ValueError: in Eqs. (1), (3) an empty side; in (1) m_in >= m_aux; images of two sizes; a part of
+    `net` compiled or in DDP with static_graph, which lose Eq. (3). Where attention is checkpointed,
     backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
@@ -263,14 +263,14 @@ def greg_loss(
         both = " and ".join(f"{x.dtype} {[*x.shape]}" for x in (x_in, x_aux))
         raise ValueError(f"x_in and x_aux are {both}: normalise both, in one size")
     for m in net.modules() if lambda_grad else ():
-        # Marks of torch.compile(m), m.compile(), DDP(static_graph=True), compile(m.forward).
+        # Marks that torch.compile, in three forms, and DDP(static_graph=True) leave on a module.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x))
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: probabilities
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: probabilities; not []
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -290,7 +290,7 @@ def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
 
 
 def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), labels too (aux: K+1)."""
+    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), targets alike."""
     return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
 
 
@@ -300,7 +300,7 @@ def balanced_energy_loss(
 ) -> Tensor:  # fmt: skip
     """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
     auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Z_j = Σ_k p_k share_k, share_k ∝
-    prior_k^gamma: large for classes frequent there; prior [K] are their fractions."""
+    prior_k^gamma: large for classes frequent among them, whose fractions prior [K] has."""
     share = prior**gamma / (prior**gamma).sum()
     Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
     weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
@@ -314,8 +314,8 @@ def balanced_energy_loss(
 
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """z = h(x) [N,d], f(x) [N,K] of any network: input and output of the linear layer that gives f.
-    ValueError if `net` returns any other tensor (see `_logits`); a change in place goes unseen."""
+    """z = h(x) [N,d], f(x) [N,K] of a network that ends in a linear layer: its input, output.
+    ValueError if f is not that very tensor (f / T, say); f changed in place goes unseen."""
     caught = []  # (layer, inputs by position, output) of each linear layer, before other hooks
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
@@ -327,6 +327,29 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
 
+def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
+    """Algorithm 1: 2k distinct indices of N candidates, by their features z [N,d], scores s [N].
+
+    From each of k = n_ID clusters of normalised features two (Section 6.1): the lowest score for
+    Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a cluster has one
+    member or none, random candidates fill in. ValueError: too few, or a NaN score.
+    DOS (Jiang et al. 2024) takes from each cluster just the lowest s = p_{K+1}, so k: ends=(0,)."""
+    n = len(ends) * k
+    if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
+        of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
+        raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; by max: no overflow
+    labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
+    order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
+    for j in labels.unique():  # line 4
+        ranked = order[labels[order] == j]  # line 5: I, by score
+        chosen[ranked[list(ends)]] = True  # line 6
+    lottery = torch.rand(len(s), generator=generator, device=s.device)
+    return (lottery + 2 * chosen).topk(n).indices  # line 8: the chosen (>= 2), then others (< 1)
+
+
+# ---- K-Means, line 3 of Algorithm 1.
 def kmeans(
     x: Tensor, k: int, n_init: int = 3, max_iter: int = 100, tol=1e-4, generator: Rng = None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -364,10 +387,10 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], in at most 16·k points: half
-    uniformly, half ∝ squared distance to the mean, for small far clusters (Bachem et al. 2018). The
-    first drawn is the first seed; each next, the best of 2 + ⌊ln k⌋ drawn ∝ its squared distance to
-    the seeds before. Memory: (16·k)² distances, 1 GiB at k = 1,000."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], in at most 16·k points drawn with
+    weights half uniform, half ∝ squared distance to the mean (Bachem et al. 2018). The first is a
+    seed; each next: of 2 + ⌊ln k⌋ drawn ∝ squared distance to the nearest seed, the one that leaves
+    least in sum. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # uniform half + far half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
@@ -381,35 +404,13 @@ def _seeds(x, square, k, generator):
     return torch.stack(chosen)
 
 
-def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices of N candidates, by their features z [N,d], scores s [N].
-
-    From each of k clusters of normalised features two (the paper leaves it open): the lowest score
-    for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a cluster has
-    one member or none, random candidates fill in. ValueError: too few, or a NaN score.
-    DOS (Jiang et al. 2024) takes from each cluster just the lowest s = p_{K+1}, so k: ends=(0,)."""
-    n = len(ends) * k
-    if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
-        of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
-        raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; / max |z|: no overflow
-    labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
-    order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
-    for j in labels.unique():  # line 4
-        ranked = order[labels[order] == j]  # line 5: I, by score
-        chosen[ranked[list(ends)]] = True  # line 6
-    lottery = torch.rand(len(s), generator=generator, device=s.device)
-    return (lottery + 2 * chosen).topk(n).indices  # line 8: the chosen (>= 2), then others (< 1)
-
-
 # ---- Samplers of other methods.
 def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after the share q of the lowest."""
     first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # in the order of s
+    return s.argsort(stable=True)[first : first + n].sort().values  # ascending indices
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
@@ -979,7 +980,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics (fractions) and counts; *_out, *_ood_positive: OOD is positive."""
+    """All metrics (fractions) and counts; aupr_out, *_ood_positive: OOD is positive."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
