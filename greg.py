@@ -1720,10 +1720,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         remark(f"warning: {path} is not finished: its weights so far are used")
     state = state or read_tensors(path)
     wraps = {*"net state_dict model_state_dict model params weights ema model_ema".split()}
-    while isinstance(state, dict) and (inside := sorted(wraps & {*state})):
-        if len(inside) > 1:
-            raise ValueError(f"{path} holds {' and '.join(inside)}: save one of them alone")
-        state = state[inside[0]]
+    while isinstance(state, dict) and len(inside := wraps & {*state}) == 1:  # of two none is chosen
+        state = state[inside.pop()]
     ours, theirs = (  # but for batch norm's counters, which old files lack
         {str(k): v for k, v in d.items() if torch.is_tensor(v) and "batches_tracked" not in str(k)}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
@@ -1737,7 +1735,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
         has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
         fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
-        raise ValueError(f"{has}, {fit}: weights of another network? (--arch)")
+        raise ValueError(f"{has}, {fit}: another network (--arch), or two in one file?")
     pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
     if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
         pairs = dict(zip(ours, fits[0], strict=True))

@@ -690,7 +690,7 @@ MISFITS = {  # what a file holds, and words of the sentence about it
     "html": (b"<!DOCTYPE html>", "no file of torch.save", "<!DOCTYPE"), "empty": (b"", "is empty"),
     "list": ([1, 2], "0 tensors (list"), "int": (STATE | {"fc.bias": pixels(0, 10)}, "uint8"),
     "nan": (STATE | {"fc.bias": STATE["fc.bias"] * math.nan}, "NaN or infinity in fc.bias"),
-    "kernels": ({"w": {}}, "0 tensors (w"), "both": ({"net": {}, "ema": {}}, "ema and net"),
+    "kernels": ({"w": {}}, "0 tensors (w"), "both": ({"net": STATE, "ema": STATE}, "(net, ema"),
 }  # fmt: skip
 
 
