@@ -437,7 +437,7 @@ def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
 # Eq. (4) wants L_S: for all x `lipschitz_global`, on a ball `lipschitz_local`, where the network is
 # linear `linear_region` with `id_radius`, `ood_radius`. `certify` takes them all.
 # "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. Norms go up by 1e-9, radii and probabilities down, local boxes up by
+# in the units of its input. Norms go up by 1e-9, radii of `certify` and smoothing down, boxes up by
 # 1e-14: enough for float64's rounding unless sums cancel, not for a network run in float32.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
 Region = namedtuple("Region", "z A eps_hat")
@@ -716,7 +716,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 # ---- Randomised smoothing: a certificate for networks of any depth, but of another detector.
 @torch.no_grad()
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
-    """`score` of images x [N,...] under n draws of N(0, σ²): [N,n]; its medians: the smoothed S."""
+    """`score` (of a net in eval mode) of x [N,...] under n draws of N(0, σ²): [N,n]; median: S."""
     rows = []
     for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
@@ -1467,7 +1467,7 @@ class Method(NamedTuple):
 
     loss: Callable[..., Tensor]  # of f_in, f_aux, y_in; but energy_loss just marks Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # the score whose gradient Eq. (3) penalises
+    gradient: Score | None = None  # if Eq. (3) is penalised: its score, and Eq. (1)'s
     score: str = "energy"
     recipe: str = "finetune"
     lambda_s: float = 0.1
@@ -1643,6 +1643,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
     low = [k for k in numbers if not least.get(k, 0) <= getattr(c, k) < math.inf]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
+    own = method.gradient not in (None, energy_score) and not method.margins
     others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # may have --id's
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
@@ -1650,6 +1651,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
+        (c.margins and own, f"--margins auto is of the energy score, {c.method} has another"),
         (others, f"--aux {c.aux} has images of --id: omit --aux"),
         (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
@@ -2162,7 +2164,8 @@ def _relu(x, inplace=False):
 
 
 def _cat(tensors, dim=0, **other):
-    sizes, fits = [t.shape[dim] for t in tensors], not other and len({t.dtype for t in tensors}) < 2
+    fits = not other and len({(t.dtype, t.dim()) for t in tensors}) < 2
+    sizes = fits and [t.shape[dim] for t in tensors]
     return fits and (0, lambda *x: [torch.cat(x, dim)], lambda _, g: g.split(sizes, dim), *tensors)
 
 
@@ -2186,7 +2189,7 @@ def _conv2d(x, weight, bias=None, *options, **other):
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # momentum, eps
     fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
-    if not fits or weight.grad_fn or x.numel() == x.shape[1]:
+    if not fits or weight.grad_fn or bias.grad_fn or x.numel() == x.shape[1]:
         return None
 
     def backward(taking, *saved):
@@ -2428,8 +2431,8 @@ def certify_report(
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
-    smoothed_radius(torch.zeros(1, n or 10**4), 0.0, sigma, alpha)  # raises for too few draws
-    g, lipschitz, exact = rng(x_in.device, "certificates"), None, copy.deepcopy(net).double()
+    reach = -smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha).item() if n else 0.0  # or raises
+    g, lipschitz, exact = rng(x_in.device, "certificates"), None, None
 
     def score(x, net=net):  # in parts: the noise makes many images of one
         return torch.cat([energy_score(net(part)).detach() for part in x.split(chunk(x, 1024))])
@@ -2453,14 +2456,14 @@ def certify_report(
     kinds = {"attacked": attacked}
     with contextlib.suppress(NotImplementedError), bar(None, "global bound", total=1):
         lipschitz = lipschitz_global(net, x_in.shape[1:])
-        kinds["certified"] = certified
+        kinds["certified"], exact = certified, copy.deepcopy(net).double()
     if local and lipschitz is not None:
         over(certified, x_in[:1], 0.0)  # raises for layers that only the global bound knows
     s_in, smooth_in = over(score, x_in), (over(smoothed, x_in).median(1).values if n else None)
     gamma = threshold(s_in) if gamma is None else gamma
-    raised = {eps: over(attacked, x_in, eps, math.inf) for eps in epsilons}
-    report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n, "sets": {}}
-    report["id_rejected"] = {e: (s > gamma).double().mean().item() for e, s in raised.items()}
+    hit = {e: (over(attacked, x_in, e, math.inf) > gamma).double().mean().item() for e in epsilons}
+    report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n, "reach": reach}
+    report |= {"id_rejected": hit, "sets": {}}
     for name, x in x_out.items():
         rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(s_in, over(score, x)))}
         rows |= {e: {k: metrics(s_in, over(f, x, e)) for k, f in kinds.items()} for e in epsilons}
@@ -2902,7 +2905,8 @@ def command_certify(args: argparse.Namespace) -> None:
             cells.append([name, f"{eps:g}", *pairs])
     say(shown(["OOD set", "ℓ2 ε", *row], cells))  # every row has the same keys
     rejected = ", ".join(f"{100 * v:.1f} at {eps:g}" for eps, v in report["id_rejected"].items())
-    say(f"FPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.")
+    reach = f" Smoothing certifies to ε = {report['reach']:.3g} at most." if args.draws else ""
+    say(f"FPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.{reach}")
     if "certified" not in row:
         say("No deterministic certificate: the network has layers without a rule.")
     write_atomically(folder / "certificates.json", json.dumps(report, indent=1, allow_nan=False))
