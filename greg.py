@@ -716,7 +716,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 # ---- Randomised smoothing: a certificate for networks of any depth, but of another detector.
 @torch.no_grad()
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
-    """`score` (of a net in eval mode) of x [N,...] under n draws of N(0, σ²): [N,n]; median: S."""
+    """`score` of images x [N,...] under n draws of N(0, σ²): [N,n]; its medians: the smoothed S."""
     rows = []
     for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
@@ -745,7 +745,7 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
 def smoothing_radius(
     score: Score, x: Tensor, gamma: float, sigma: float, n=1000, alpha=0.001, generator: Rng = None
 ) -> Tensor:
-    """`smoothed_radius` [N] of x; score [M,...] -> [M]: a detector with its own γ and FPR95."""
+    """`smoothed_radius` [N] of x; score [M,...] -> [M], in eval mode: a detector with its own γ."""
     return smoothed_radius(noisy_scores(score, x, sigma, n, generator), gamma, sigma, alpha)
 
 
