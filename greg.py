@@ -1465,14 +1465,14 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # of f_in, f_aux, y_in; but energy_loss just marks Eq. (1)
+    loss: Callable[..., Tensor]  # (f_in, f_aux, y_in) -> scalar; energy_loss stands for Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # if Eq. (3) is penalised: its score, and Eq. (1)'s
+    gradient: Score | None = None  # S in Eqs. (1) and (3); None: no Eq. (3)
     score: str = "energy"
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # x_aux, more for loss
+    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # {}: loss's keywords
     margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
 
 
@@ -1484,8 +1484,8 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
     """POEM's outliers of the epoch, in order: the n nearest to a boundary drawn at random."""
-    # A regression on current features: of the outliers of the last four epochs (target 3) and of
-    # the ID images (target -3), these once for each such epoch. In the first epoch: the prior.
+    # Regress on current features: target 3 for the outliers chosen in the last four epochs, -3
+    # for the ID images, each counted once per such epoch. In the first epoch: the prior.
     buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
     gram, zy = torch.zeros(d, d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64)
     sides = (run.train_set, None, len(buffer) // n, -3.0), (run.aux_set, buffer, 1, 3.0)
@@ -1516,7 +1516,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
-# Each process of torchrun clusters its own share: batch / processes clusters of its candidates.
+# k = batch / processes: each process clusters its own candidates.
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1. Auxiliary
@@ -1533,7 +1533,7 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "ntom": Method(absent_loss, Sampler(2, pool=ntom_pool), None, "absent", "mining", 1, True),
     "dos": Method(absent_loss, DOS_SAMPLING, None, "absent", "mining", 1, True),
     "balanced": Method(balanced_energy_loss, Sampler(2), prepare=balance),
-    # When OE's score is "correctly detected" the paper leaves open: here at max softmax 1/2.
+    # The paper gives no margins for OE's score in Eq. (3): here max softmax 1/2 tells ID from OOD.
     "oe+grad": Method(oe_loss, Sampler(2), msp, score="msp", lambda_s=0.5, margins=(-0.5, -0.5)),
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
@@ -1558,7 +1558,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """The options of a run. `resolve` fills in None and "" by what the help has in brackets."""
+    """The options of a run. `resolve` fills in None, and "" where data or start imply a value."""
 
     method: str = option("greg", "training method", choices=METHODS)
     id: str = option("cifar10", "ID data: cifar10, cifar100, synthetic, imagenet[:CLASSES], a path")
@@ -1595,7 +1595,7 @@ class Config:
 
 
 def fine_tunes(method: str, id_data: str) -> bool:
-    """Whether a method starts from a pre-trained network: on ImageNet all but ce (Section 6.1)."""
+    """Whether a method needs a pre-trained network: on ImageNet all but ce (Section 6.1)."""
     imagenet = id_data.partition(":")[0] == "imagenet"
     return METHODS[method].recipe == "finetune" or (imagenet and method != "ce")
 
@@ -1627,7 +1627,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
     if not init and (kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"):
         init = "torchvision"
     tunes, per_id = fine_tunes(c.method, c.id), method.sampler.per_id  # 0: no auxiliary data
-    # "ce" from a start on ImageNet gives it a new head, by the short recipe.
+    # On ImageNet "ce" with a start uses the short recipe: little but the head is new.
     fill = RECIPES["finetune" if tunes or (kind == "imagenet" and init) else method.recipe]
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
@@ -1638,13 +1638,13 @@ def resolve(c: Config, had: str | None = None) -> Config:
     stats = c.stats or had or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
-    least = dict.fromkeys("epochs lr batch size candidates grad_every".split(), 1e-12)
+    positive = "epochs lr batch size candidates grad_every".split()
     numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
-    low = [k for k in numbers if not least.get(k, 0) <= getattr(c, k) < math.inf]
+    low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     own = method.gradient not in (None, energy_score) and not method.margins
-    others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # may have --id's
+    others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # can overlap
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
         (had not in (None, stats), f"--stats {stats}: the run, or its start, has {had}"),
@@ -1805,7 +1805,7 @@ def interrupts(run: Run) -> Iterator[None]:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, embedded
                 before.callback(signal.signal, number, signal.signal(number, stop))  # the old one
         yield
-    if run.stopped_by:  # after the last step, which is saved
+    if run.stopped_by:  # since the last `look`; `end_epoch` has saved
         raise KeyboardInterrupt
 
 
@@ -1944,7 +1944,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         return replace(run, **{k: state[k] for k in ("epoch", "step", "memory", "rows")})
     row = log(run, {"epoch": 0})
     if c.margins and aux and not METHODS[c.method].margins:
-        # The start's means (the energy authors' advice); m_aux >= m_in + 0.72 |m_in|, as -7 to -25.
+        # The start's means, as the energy authors advise, but >= 0.72 |m_in| apart, as -25 and -7.
         s_in, s_aux = row["probe_s_in"], row["probe_s_aux"]
         m_in, m_aux = round(s_in, 2), round(max(s_aux, s_in + 0.72 * abs(s_in) + 0.01), 2)
         run.config = replace(c, m_in=m_in, m_aux=m_aux)
@@ -1980,18 +1980,18 @@ def _leave_signals(worker):
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
-    function of (seed, epoch, step, rank) and of a pool, whatever workers and stops. Step t of
+    function of (seed, epoch, step, rank, ranks) and a pool, whatever workers and stops. Step t of
     process r takes part t · ranks + r of the epoch's images, or of the candidates to pick from."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
 
-    def cut(order, n):  # the first n of `order` (repeated if short) in m parts, this process's
+    def cut(order, n):  # `order`, cycled to n, in m parts: this process's
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):  # the loader draws whole batches, as lists (index, seed)
+        if isinstance(images.x, Files):  # an item is a whole batch: a list of (index, seed)
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
             stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
@@ -2033,7 +2033,7 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         fold = c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        fold /= ranks if c.reduction == "released" else 1  # else by a rank's N, not by N
+        fold /= ranks if c.reduction == "released" else 1  # its N is this rank's only
         options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
 
         def differentiate(x_in, y_in, x_aux, options=options):  # bound now: a graph calls it later
@@ -2045,7 +2045,7 @@ def train_epoch(run: Run) -> None:
             return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
 
         if c.cuda_graph and not context:  # a context is new at each step
-            graph = graph or Graphed(differentiate)  # of the first step: options do not change
+            graph = graph or Graphed(differentiate)  # first step's options: --grad-every is 1
         elif c.cuda_graph and not t:
             remark(f"{c.method} takes plain steps: its loss is given something new at each")
         out = (graph or differentiate)(x_in, y_in, x_aux)
@@ -2054,7 +2054,7 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * fold, *shares  # 0 or n-fold
+        terms = *out[:3], out.gradient * fold, *shares  # Eq. (3) times its fold
         run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
@@ -2101,7 +2101,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 
 
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
-    """Add to `row` what Figure 3 shows of 256 images, in eval mode; log `row`."""
+    """Add to `row`, for Figure 3 and warnings, measures of 256 images in eval mode; log it."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
         x = to_input(run, (images := images.some(256)).pixels())
@@ -2141,7 +2141,7 @@ class FastDoubleBackward(torch.overrides.TorchFunctionMode):
 
 
 class _Fast(torch.autograd.Function):
-    """y, *more = forward(*inputs), and backward(is ∇S taken?, ∂y, *inputs[:kept], *more)."""
+    """forward(*inputs) -> y, *more; backward(∇S now?, ∂y, *inputs[:kept], *more) -> ∂inputs."""
 
     @staticmethod
     def forward(ctx, mode, kept, forward, backward, *inputs):
@@ -2195,7 +2195,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
     def backward(taking, *saved):
         if not taking:
             return _batch_norm_backward(*saved)
-        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # keeps all inputs
+        rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # 5: saves all inputs
         return _Fast.apply(*rule, *saved), None, None  # at x alone
 
     return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
@@ -2254,7 +2254,7 @@ def average(t: Tensor) -> Tensor:
         torch.distributed.all_reduce(t)
         return [t]
 
-    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # the class: never over
+    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # no mode: `over` is False
     return _Fast.apply(*rule, t) if world()[1] > 1 else t
 
 
@@ -2265,7 +2265,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         n, over = world()[1] * x.numel() / x.shape[1], {"dim": (0, 2, 3), "keepdim": True}
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # which autocast leaves as it is
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # float32 under autocast too
         mean = average(wide.mean(**over))
         var = average((wide - mean).square().mean(**over))
         self.running_mean.lerp_(mean.detach().flatten(), self.momentum)
