@@ -378,7 +378,7 @@ def kmeans(
                     break
                 member = F.one_hot(labels, k).to(x.dtype)  # [N,k]
                 size = member.sum(0)
-                means = member.mT @ x / size.clamp(min=1)[:, None]
+                means = member.mT @ x / size[:, None]
                 means[size == 0] = x[distance.topk(int((size == 0).sum())).indices]  # farthest
                 moved, c = (means - c).square().sum(), means
             runs.append((distance.sum().item(), labels, c))
@@ -1473,7 +1473,7 @@ class Method(NamedTuple):
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
     prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # {}: loss's keywords
-    margins: tuple[float, float] | None = None  # where not --m-in and --m-aux
+    margins: tuple[float, float] | None = None  # in place of --m-in, --m-aux
 
 
 def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
@@ -2461,9 +2461,9 @@ def certify_report(
         over(certified, x_in[:1], 0.0)  # raises for layers that only the global bound knows
     s_in, smooth_in = over(score, x_in), (over(smoothed, x_in).median(1).values if n else None)
     gamma = threshold(s_in) if gamma is None else gamma
-    hit = {e: (over(attacked, x_in, e, math.inf) > gamma).double().mean().item() for e in epsilons}
+    raised = {e: over(attacked, x_in, e, math.inf) > gamma for e in epsilons}
     report = {"gamma": gamma, "lipschitz_global": lipschitz, "sigma": sigma, "n": n, "reach": reach}
-    report |= {"id_rejected": hit, "sets": {}}
+    report |= {"id_rejected": {e: v.double().mean().item() for e, v in raised.items()}, "sets": {}}
     for name, x in x_out.items():
         rows = report["sets"][name] = {0.0: dict.fromkeys(kinds, metrics(s_in, over(score, x)))}
         rows |= {e: {k: metrics(s_in, over(f, x, e)) for k, f in kinds.items()} for e in epsilons}
