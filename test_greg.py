@@ -1422,7 +1422,7 @@ def test_rows_recipes_and_defaults_are_those_of_the_paper_and_its_rivals():
         cosine 128 0.0005 | finetune 20 0.001 cosine 64 0.0005 | greg+ 60 0.1 5/6 64 0.0001 | mining
         100 0.1 0.5,0.75,0.9 64 0.0001 | openmix 200 0.1 0.5,0.75 128 0.0005 | greg cifar10
         random300k 32 wrn40_2 0 torchvision 20 0.001 cosine 64 0.0005 6 600000 0 -25.0 -7.0 0.1
-        1.0 paper 1 0.0 imagenet False False False False () data False 4 600 32 1 128"""
+        1.0 paper 1 0.0 imagenet False False False False () data False 4 60 32 1 128"""
     found, sizes = [], ((32, "cpu"), (224, "cpu"), (32, "meta"))
     for k, m in greg.METHODS.items():
         found += k, m.sampler.per_id, m.lambda_s, m.score, m.recipe, +m.extra_class, +bool(m[2])
