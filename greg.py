@@ -447,8 +447,8 @@ Attack = namedtuple("Attack", "x s flipped distance")
 def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.inf) -> Tensor:
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
-    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ is
-    that for ID alone (`id_radius`, `ood_radius`). ValueError but for numbers or [N] >= 0."""
+    Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ will
+    do for ID inside the linear region (`id_radius`). L_S, eps: a number or [N], >= 0; ValueError."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
@@ -509,7 +509,7 @@ def _linear(m, x, of):
     if type(m) is Normalize:
         _demand(m, (x / m.std).shape == x.shape)  # nothing is broadcast
         return x * of(1 / m.std)
-    return m(x)  # pools and the like; squares stop before them
+    return m(x)  # pools, Flatten, ...: |W| = W; only `lipschitz_local` squares, and no pools
 
 
 def _carry(net, c, r, relu, of, tiny=0.0):  # r: derivatives of c (region) or radii around c (local)
@@ -585,7 +585,7 @@ def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
     As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks. NotImplementedError, as in `lipschitz_local`, if a layer has no rule."""
+    networks. NotImplementedError, as in all of these, if a layer has no rule."""
     x = next(net.parameters(), torch.zeros(())).new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
     last = layers.pop().weight if layers and type(layers[-1]) is nn.Linear else None
@@ -651,7 +651,7 @@ def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
 # ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
 # layers give Wc + b and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
-    """ReLU of an interval (c, r); backward, [a, b] of cotangents times [min, max] of slopes."""
+    """ReLU of c ± r; backward, its cotangents g_c ± g_r = [a, b] times its slopes [min, max]."""
 
     @staticmethod
     def forward(ctx, c, r):
@@ -679,7 +679,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
     r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
-    c, squares, inputs = x, torch.ones_like(x), (x, r)
+    c, squares, inputs = x, torch.ones_like(x), (x, r)  # squares: ‖row‖² of the map so far
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
         m = layers.pop(0)  # to the first W: the ball's box is c ± eps ‖row of W‖, c ± eps √squares
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
@@ -696,7 +696,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
 
 
 def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> dict[str, Tensor]:
-    """Sound radii [N] within which the decision S <= γ on x [N,...] does not change, by bound.
+    """Name of a bound -> sound radii [N] within which S <= γ stays true, or false, of x [N,...].
 
     "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input)."""
     s = energy_score(_exact(net, x)(x.double())).detach()
@@ -744,7 +744,7 @@ def smoothed_radius(s: Tensor, gamma: float, sigma: float, alpha: float = 0.001)
 def smoothing_radius(
     score: Score, x: Tensor, gamma: float, sigma: float, n=1000, alpha=0.001, generator: Rng = None
 ) -> Tensor:
-    """`smoothed_radius` [N] of x; score [M,...] -> [M], in eval mode: a detector with its own γ."""
+    """`smoothed_radius` [N] of x; score: [M,...] -> [M], in eval mode; γ: of medians, not of S."""
     return smoothed_radius(noisy_scores(score, x, sigma, n, generator), gamma, sigma, alpha)
 
 
@@ -849,8 +849,8 @@ def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = m
 
 def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[int], Tensor]:
     """LINe's masks of the head from the class means z_class [K,d], E[h | y = c]: c -> [K,d]. The
-    Shapley values E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps (i, j) if V_cj is
-    above the p_a-th percentile of V_c, and |V_cj| W_ij above the p_w-th of all |V_c| W."""
+    Shapley values E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps weight (i, j) if
+    V_cj is above the p_a-th percentile of V_c, and |V_cj| W_ij above its p_w-th over all i, j."""
     V = W * z_class
     activation = torch.stack([percentile(v, p_a) for v in V])
     weight = torch.stack([percentile(v.abs() * W, p_w) for v in V])
@@ -881,14 +881,13 @@ class PostHoc(NamedTuple):
 
 
 # Keys: ID data, or ID data and network; the paper gives no values. Where a source lacks a network,
-# ResNet-18 and WRN have LINe's values for DenseNet, DenseNet-121 DICE's and LINe's for ResNet-50.
-# Most of DenseNet-BC's features are near 0, so that ReAct's percentile would clip the others: it
-# has LINe's clip there.
+# LINe's DenseNet stands for ResNet-18 and WRN, DICE's and LINe's ResNet-50 for DenseNet-121. On
+# DenseNet-BC, ReAct has LINe's clip: most features are near 0, and a percentile clips the rest.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
     ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
     ("cifar10", "densenet100"): PostHoc(react_clip=1.0),
-    "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN, LINe: DenseNet; ODIN's WRN: around it
+    "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN's and LINe's for DenseNet
     ("cifar100", "densenet100"): PostHoc(eps=0.0028, line_a=10.0, react_clip=1.0),
     "imagenet": PostHoc(dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
 }
@@ -1024,7 +1023,7 @@ def bar(items: Any, what: str, **options: Any) -> Any:
             progress.delay = 0  # else close() would leave the bar standing
             progress.refresh()
 
-    if getattr(sys.stderr, "isatty", bool)():  # no log file, nor a stream without it
+    if getattr(sys.stderr, "isatty", bool)():  # a terminal; bool() is False
         threading.Thread(target=tick, daemon=True).start()
     return progress
 
@@ -1038,7 +1037,7 @@ class Images(NamedTuple):
     classes: tuple[str, ...] = ()
 
     def some(self, n: int) -> Images:
-        """n of the images, or all, at random, as a set may be sorted; files stay files."""
+        """n of the images, or all: random ones (sets may be sorted), the same at each call."""
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0))
         i = order[: max(n, 0)].sort().values
         return self._replace(x=self.x[i], y=None if self.y is None else self.y[i])
@@ -1087,7 +1086,7 @@ _zoom = functools.partial(F.interpolate, size=32, mode="bicubic")
 
 
 def _distance(family, z, draw):
-    """Signed distance, < 0 inside, of z = x + iy [n,32,32] to a shape; draw: see `synthetic`."""
+    """Signed distance, < 0 inside, of complex z [n,32,32] to a shape; draw: see `synthetic`."""
     r, a, x, y, Z, pi = z.abs(), z.angle(), z.real.abs(), z.imag.abs(), z[:, None], math.pi
     if family.startswith("outlined "):  # inwards from the edge
         return (_distance(family.removeprefix("outlined "), z, draw) + 0.12).abs() - 0.12
@@ -1102,7 +1101,7 @@ def _distance(family, z, draw):
         m, n = draw(6, 13).floor(), draw(1, 4)
         waves = torch.stack([(m * a / 4).cos(), (m * a / 4).sin()]) * 2**0.5
         return r - waves.abs().pow(2 + n * draw(1, 3)).mean(0).pow(-1 / n)
-    if family in ("fields", "curves"):  # odd under half turns: no zero line is one closed figure
+    if family in ("fields", "curves"):  # f(-z) = -f(z): no zero line is one closed figure
         f = sum(draw(0, 1) * _zoom(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
         f = f - f.flip(1, 2)
         f = f / f.std((1, 2), keepdim=True) / 5
@@ -1201,7 +1200,7 @@ def image_files(folder: str | Path) -> list[str]:
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
-    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # it decodes none
+    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # unread by Pillow
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
         new = at == seen.setdefault(os.path.realpath(at), at)  # once each: links can go in circles
         folders[:] = [f for f in sorted(folders) if new and f[0] != "." and f not in LITTER]
@@ -1226,7 +1225,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         loaded = {"x": loaded} if isinstance(loaded, np.ndarray) else loaded
         for name in loaded:
             with contextlib.suppress(ValueError, TypeError):  # objects or text beside the numbers
-                a = loaded[name]  # in the machine's byte order, a mapped file as it is
+                a = loaded[name]  # made native if need be; else no copy: it stays mapped
                 arrays[name] = torch.from_numpy(a.astype(a.dtype.newbyteorder("="), copy=False))
     except Exception:  # zip, zlib and NumPy each raise their own
         raise ValueError(f"{path} is damaged, or no .npy or .npz of numbers") from None
@@ -1249,8 +1248,8 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
-    """Remark on images (no files) in `known` to the pixel; ValueError over a share `most`."""
-    seen = {hash(x.tobytes()) for v in known if torch.is_tensor(v.x) for x in v.x.numpy()}
+    """Remark if sets of `others` have images of `known` too (no files); ValueError over `most`."""
+    seen = {hash(v.tobytes()) for s in known if torch.is_tensor(s.x) for v in s.x.numpy()}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
         both = sum(hash(v.tobytes()) in seen for v in x)
@@ -1262,8 +1261,8 @@ def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0
 
 
 class Files(torch.utils.data.Dataset):
-    """Images that stay files, a lazy uint8 [N,s,s,3]: x[i] is another such set, x[[(i, seed), ...]]
-    a batch [n,s,s,3] of random crops and flips; or returns the error of `open_image`."""
+    """Images that stay files, as uint8 [N,s,s,3]: x[slice or tensor] is another such set, x[[(i,
+    seed), ...]] a batch [n,s,s,3] of random crops and flips, or the error of `open_image`."""
 
     def __init__(self, files: Any, size: int):
         import numpy as np
@@ -1331,11 +1330,11 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 def published(name: str, root: str | Path, download: bool) -> Any:
     """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. If
-    asked, the first process downloads, by md5; others wait. FileNotFoundError if incomplete."""
+    asked, the first process downloads and checks md5. FileNotFoundError if incomplete."""
     from torchvision import datasets
 
     rank, ranks = world()
-    parts = ["test"] if name == "svhn" else [True, False]  # torchvision's split, or train?
+    parts = ["test"] if name == "svhn" else [True, False]  # SVHN's split=, CIFAR's train=
     download = download and rank == 0
     try:
         if rank > 0:  # until the first process has it
@@ -1371,7 +1370,7 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
 
 def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
     """Training and test `Images`: cifar10, cifar100, synthetic, imagenet[:CLASSES]; an .npz with
-    x_train, y_train, x_test, y_test; or a folder of train|test/CLASS folders, made size×size."""
+    x_train, y_train, x_test, y_test (its size); or a folder of train|test/CLASS, made size×size."""
     (kind, _, classes), path = str(name).partition(":"), Path(name).expanduser()
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
@@ -1397,13 +1396,14 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
 
 
 def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
-    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or an .npz,
-    of which the only uint8 [N,H,W,3], or that named x or after `split`, or ValueError."""
+    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or an .npz:
+    its one uint8 [N,H,W,3], or of several the one named x or *`split`*. ValueError if not one."""
     if not path and name in SYNTHETIC:
         return synthetic(name)
     where = Path(path).expanduser() if path else published(name, root, download)
-    if isinstance(where, list):  # SVHN: all 26,032 test images (the paper: 10,000 of each set)
-        return Images(torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous())
+    if isinstance(where, list):  # SVHN
+        x = torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous()
+        return Images(x).some(10_000)  # of each set (Section 6.1)
     if where.is_dir():
         files = image_files(where)
         if not path and len(files) != (count := float(SOURCES[name][3])):
@@ -1435,7 +1435,7 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
 
 def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
     """OOD test sets by name. A spec: one of PAPER_OOD, IMAGENET_OOD or _OOD, "synthetic" (all of
-    _OOD), or NAME=PATH. ValueError: no such set, or a name taken, also by tables."""
+    _OOD), or NAME=PATH. ValueError: no such set, a name twice, "id" or "mean"."""
     sets, known = {}, sorted({*PAPER_OOD, *IMAGENET_OOD, *_OOD})
     for item in itertools.chain(*(_OOD if spec == "synthetic" else [spec] for spec in specs)):
         name, equals, path = item.partition("=")
@@ -1573,7 +1573,7 @@ class Config:
     wd: float = option(None, "weight decay (recipe)")
     candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
     aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
-    n_train: int = option(0, "train on N of the ID images, at random (0: all)")
+    n_train: int = option(0, "train (eval: fit scores) on N random ID images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
     m_in: float = option(-25.0, "margin of ID scores, Eqs. (1) and (3)")
     m_aux: float = option(-7.0, "margin of auxiliary scores, Eqs. (1) and (3)")
@@ -2256,8 +2256,8 @@ def score_images(net: Net, x: Tensor, K: int, fit: Fit, names: Sequence[str]) ->
 def evaluate(
     net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Results (Section 6): ID accuracy; by score γ, and the metrics on each OOD set and their mean;
-    the mean ‖∇S‖ of 1,000 images a set (S of all outputs). And raw scores, by "score/set"."""
+    """Results (Section 6): ID accuracy; of each score γ, metrics on each OOD set and their mean; of
+    each set the mean ‖∇S‖ of 1,000 images (S of all outputs). And "score/set", "class/set" raw."""
     K, device, raw, norms = len(test_set.classes), net.fc.weight.device, {}, {}
     fit = Fit(post_hoc(c.id, c.arch, K), STATS[c.stats][1])
 
@@ -2322,7 +2322,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     m = METHODS[c.method]
     uses = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
-    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}
+    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}  # option: is it used?
     idle = [k for names, used in uses.items() for k in names.split() if not used]
     if idle := [k for k in idle if getattr(config, k) != getattr(Config, k)]:
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
@@ -2391,13 +2391,13 @@ def certify_report(
     """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
     "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
-    an error without a local one); "smoothed" (n > 0): the detector of medians under noise, with
-    probability 1-alpha, AUROC at ε = 0. FPR95 is at each detector's own threshold on x_in,
-    "id_rejected" the share of x_in that attacks raise over gamma."""
+    an error without a local one); "smoothed" (n > 0): another detector, medians under noise, each
+    radius with probability 1-alpha; AUROC only at ε = 0. FPR95: at each detector's own threshold
+    on x_in; "id_rejected": the share of x_in that attacks raise over gamma (None: S's own)."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
-    reach = -smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha).item() if n else 0.0  # or raises
+    reach = -smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha).item() if n else 0.0  # all agree
     g, lipschitz, exact = rng(x_in.device, "certificates"), None, None
 
     def score(x, net=net):  # in parts: the noise makes many images of one
@@ -2458,7 +2458,7 @@ def certify_run(folder: Any, device: Any, n_images: int, given: dict, **options:
 # ---- Tables.
 def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = False) -> str:
     """A table in Markdown; for a terminal (no `file`) padded, wrapped, constant columns on top."""
-    if file or not getattr(sys.stdout, "isatty", bool)():  # a logger may have none
+    if file or not getattr(sys.stdout, "isatty", bool)():  # a logger may lack isatty
         rows = header, ["---"] * len(header), *rows
         cells = ([str(v).replace("|", "\\|").replace("\n", " ") for v in row] for row in rows)
         return "".join(f"| {' | '.join(row)} |\n" for row in cells)
@@ -2481,7 +2481,7 @@ def mean_std(values: Sequence[float]) -> str:
 
 def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     """A table for each ID data and choice of OOD sets, a row a method with its options. Runs that
-    differ by seed alone (and what follows) share a row; of one seed the last counts."""
+    differ by seed alone (thus in start, auto margins) share a row; of one seed the last counts."""
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
         c = saved_config(r["config"], run=False)
@@ -2644,7 +2644,7 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
 
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
-    """Figure 3: energy loss and ‖∇S‖ on `log`'s images, by epoch, a line a run (its checkpoint)."""
+    """Figure 3: energy loss and ‖∇S‖ on `log`'s images, by epoch, a line a run's checkpoint."""
     energy, slope = {}, {}
     for folder in folders:
         if not (rows := [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]):
@@ -2694,7 +2694,7 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
     net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
     for p in net.parameters():
         p.data = (torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5
-    progress = bar(range(steps), f"train with λ_∇S = {lambda_grad:g}")  # on while PyTorch imports
+    progress = bar(range(steps), f"train with λ_∇S = {lambda_grad:g}")  # next: a slow import
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, steps)
     for _ in progress:
@@ -2900,7 +2900,7 @@ def command_figure(args: argparse.Namespace) -> None:
 ARGUMENTS: dict[str, dict[str, Any]] = {  # what argparse is told of all but Config's fields
     "--device": dict(default="auto", help="cpu, cuda, cuda:1, ... (default: auto)"),
     "--runs": dict(type="path", default=Path("runs"), help="folder of run folders (default: runs)"),
-    "--out": dict(type="path", help="where to write (its folder; figure: here; eval: nowhere)"),
+    "--out": dict(type="path", help="where to write (the run's folder; figure: .; eval: no file)"),
     "run": dict(type="path", help="folder of a run"),
     "[run]": dict(type="path", nargs="?", help="folder of a run"),
     "--weights": dict(type="path", help="a weights file, ours or a public one"),
@@ -2984,7 +2984,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal without λ gets a replacement, not an error
             stream.reconfigure(errors="replace")
     try:
-        if "" in (words := [*map(str, sys.argv[1:] if argv is None else argv)]):  # Path("") is here
+        if "" in (words := [*map(str, sys.argv[1:] if argv is None else argv)]):  # Path("") is "."
             raise ValueError("an argument is empty: a variable that is not set?")
         args = parser().parse_args(words)
         args.device = pick_device(args.device)
