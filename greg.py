@@ -448,7 +448,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     """Eq. (4): ε* = min(ε, |γ - S(x)| / L_S) [N] in float64, on either side of γ, 0 on it.
 
     Sound on B(x, ε*), for OOD its interior, if S is lipschitz-Lipschitz on B(x, ε). ‖∇S(x)‖ will
-    do for ID inside the linear region (`id_radius`). ValueError unless L_S, eps >= 0 or [N]."""
+    do for ID inside the linear region (`id_radius`). L_S, eps: one or [N], never below 0."""
     wide = functools.partial(torch.as_tensor, dtype=torch.float64, device=s.device)
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
