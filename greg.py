@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the method, those it is compared with,
-and certificates, on torch alone (one function: SciPy); 7-9 run them. GReg alone is 2 and 3 down to
-"of other methods", `eval_mode` in 5, and `Sampler`, `Method`, `batches`, `train_epoch` in 8: read
-these first. "Needs:" (1 to 6): what a section takes from others, besides this head.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the method, certificates, and what the
+paper compares with, on torch alone (one function: SciPy); 7-9 run them. GReg alone is 2, 3, and
+`Sampler`, `Method`, `batches`, `train_epoch` in 8: read these first. "Needs:" (1 to 6): what a
+section takes from others, besides this head.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
     3  Sampling            4.2, Alg. 1      features of any network, K-Means, energy-based sampling
     4  Certificates        5, Eq. (4)       certified radii, smoothing, attacks
-    5  Post-hoc scores     2.1              MSP, ODIN, energy, ReAct, DICE, LINe
+    5  Compared methods    2.1, 2.2         MSP, ODIN, ReAct, DICE, LINe; OE, NTOM, POEM, DOS, ...
     6  Metrics             6.1              FPR95, AUROC, AUPR
     7  Data                6.1              CIFAR, ImageNet, auxiliary and OOD sets, yours, built-in
     8  Training            4, 6.1           the table of methods, the loop, checkpoints, speed
@@ -277,36 +277,6 @@ def greg_loss(
     return GregLoss(ce + lambda_s * energy + lambda_grad * gradient, ce, energy, gradient, f, s)
 
 
-# ---- Auxiliary losses of other methods.
-def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-    """Outlier Exposure (Hendrycks et al. 2019): KL(uniform ‖ softmax f_aux), in the mean."""
-    return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
-
-
-def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-    """NTOM (Chen et al. 2021) and DOS (Jiang et al. 2024): cross-entropy of f_aux to class K+1."""
-    return -f_aux.log_softmax(1)[:, -1].mean()
-
-
-def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), targets alike."""
-    return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
-
-
-def balanced_energy_loss(
-    f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
-    alpha=10.0, gamma=0.05,
-) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
-    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Z_j = Σ_k p_k share_k, share_k ∝
-    prior_k^gamma: large for classes frequent among them, whose fractions prior [K] has."""
-    share = prior**gamma / (prior**gamma).sum()
-    Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
-    weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
-    aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
-    return F.relu(energy_score(f_in) - m_in).square().mean() + aux
-
-
 # ==================================================================================================
 # 3  Sampling (Section 4.2, Algorithm 1)
 # Needs: _logits (2)
@@ -324,6 +294,19 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         if args and output is f and f.dim() == 2:  # f itself, not made anew; z by position
             return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
+
+
+@contextlib.contextmanager
+def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
+    """Eval mode inside, and after it every module in the mode that it had before."""
+    modes = [(m, m.training) for m in net.modules()]
+    try:
+        yield net.eval()
+    finally:
+        for m, training in modes:
+            m.train(training)  # its own train(), which may undo its own eval() (LoRA)
+        for m, training in modes:  # again: a second parent may have reset a shared child
+            m.training = training
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
@@ -401,32 +384,6 @@ def _seeds(x, square, k, generator):
         closest = nearer[best]
         chosen.append(sample[i[best]])
     return torch.stack(chosen)
-
-
-# ---- Samplers of other methods.
-def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
-    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after the share q of the lowest."""
-    first = int(q * len(s))
-    if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
-        raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # ascending indices
-
-
-def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
-    """POEM (Ming et al. 2022): Bayesian regression of targets y (ID < 0 < OOD) on features Z. gram
-    = Z'Z [d,d], zy = Z'y [d], variances of prior and noise -> the posterior's mean [d] and the
-    Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
-    if gram.dtype != torch.float64 or zy.dtype != torch.float64:
-        raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
-    precision = gram / var_noise + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / var
-    factor = torch.linalg.cholesky(precision)
-    return torch.cholesky_solve(zy[:, None] / var_noise, factor)[:, 0], factor
-
-
-def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
-    """A sample [d] of the posterior: L'⁻¹ ε has covariance (L L')⁻¹, where L is the factor."""
-    noise = torch.randn(len(mean), 1, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
 
 
 # ==================================================================================================
@@ -786,21 +743,8 @@ def attack(
 
 
 # ==================================================================================================
-# 5  Post-hoc scores (Section 2.1), low = ID
-# Needs: energy_score, _logits (2)
-
-
-@contextlib.contextmanager
-def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
-    """Eval mode inside, and after it every module in the mode that it had before."""
-    modes = [(m, m.training) for m in net.modules()]
-    try:
-        yield net.eval()
-    finally:
-        for m, training in modes:
-            m.train(training)  # its own train(), which may undo its own eval() (LoRA)
-        for m, training in modes:  # again: a second parent may have reset a shared child
-            m.training = training
+# 5  Compared methods: post-hoc scores, low = ID (Section 2.1), losses and samplers (2.2)
+# Needs: energy_score, _logits (2), eval_mode (3)
 
 
 def msp(logits: Tensor) -> Tensor:
@@ -935,6 +879,62 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, Fit], Tensor]] = 
 }
 POST_HOC_ROWS = tuple(name for name in SCORES if name != "absent")
 NEED_FIT = {"react", "dice", "dice+react", "line"}  # and rows of yours that use `fit`
+
+
+# ---- Auxiliary losses, in place of Eq. (1): of ID and auxiliary logits and labels -> scalar.
+def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+    """Outlier Exposure (Hendrycks et al. 2019): KL(uniform ‖ softmax f_aux), in the mean."""
+    return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
+
+
+def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
+    """NTOM (Chen et al. 2021) and DOS (Jiang et al. 2024): cross-entropy of f_aux to class K+1."""
+    return -f_aux.log_softmax(1)[:, -1].mean()
+
+
+def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
+    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), targets alike."""
+    return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
+
+
+def balanced_energy_loss(
+    f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
+    alpha=10.0, gamma=0.05,
+) -> Tensor:  # fmt: skip
+    """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
+    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Z_j = Σ_k p_k share_k, share_k ∝
+    prior_k^gamma: large for classes frequent among them, whose fractions prior [K] has."""
+    share = prior**gamma / (prior**gamma).sum()
+    Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
+    weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
+    aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
+    return F.relu(energy_score(f_in) - m_in).square().mean() + aux
+
+
+# ---- Samplers, in place of Algorithm 1.
+def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
+    """NTOM (Chen et al. 2021): indices of the n lowest p_{K+1} after the share q of the lowest."""
+    first = int(q * len(s))
+    if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
+        raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
+    return s.argsort(stable=True)[first : first + n].sort().values  # ascending indices
+
+
+def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
+    """POEM (Ming et al. 2022): Bayesian regression of targets y (ID < 0 < OOD) on features Z. gram
+    = Z'Z [d,d], zy = Z'y [d], variances of prior and noise -> the posterior's mean [d] and the
+    Cholesky factor of its precision. In float64: Z'Z is nearly of low rank."""
+    if gram.dtype != torch.float64 or zy.dtype != torch.float64:
+        raise ValueError(f"sum Z'Z and Z'y in float64, not {gram.dtype} and {zy.dtype}")
+    precision = gram / var_noise + torch.eye(len(gram), dtype=gram.dtype, device=gram.device) / var
+    factor = torch.linalg.cholesky(precision)
+    return torch.cholesky_solve(zy[:, None] / var_noise, factor)[:, 0], factor
+
+
+def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
+    """A sample [d] of the posterior: L'⁻¹ ε has covariance (L L')⁻¹, where L is the factor."""
+    noise = torch.randn(len(mean), 1, generator=generator, device=mean.device, dtype=mean.dtype)
+    return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
 
 
 # ==================================================================================================

@@ -731,7 +731,7 @@ def test_each_section_of_the_paper_runs_alone_with_what_it_says_it_needs_and_tor
         exec(compile(text, "cut", "exec"), {"Z": torch.rand(20, 9), "__name__": "cut"})
 
 
-# ---- Post-hoc scores (section 5)
+# ---- Compared methods (section 5)
 STD, shares = (0.5, 1.0, 2.0), st.sampled_from([0.0, 30.0, 90.0, 100.0])
 guards = st.sampled_from([torch.inference_mode, torch.no_grad, torch.enable_grad])
 Own = type("", (nn.ReLU,), {"train": lambda m, on=True: vars(m).update(training=on, merged=not on)})
