@@ -2373,6 +2373,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged or not greg's ({e}): move it away") from None
 
 
+@torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def load_run(folder: Any, device: Any) -> tuple[Net, Config, dict[str, Any]]:
     """A finished run's network in eval mode, configuration, checkpoint; ValueError for others."""
     if (state := stored(folder)).get("score") not in SCORES:  # saved with the threshold

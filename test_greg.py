@@ -1869,7 +1869,9 @@ def test_predict_decides_by_the_threshold_and_goes_on(lab, cli, tmp_path, monkey
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "a|b.png").write_bytes((tmp_path / "00.png").read_bytes()[:99])
+    before = torch.get_rng_state()
     (net, _, state), gamma = greg.load_run(lab / "ce", CPU), done["gamma"]["energy"]
+    assert torch.equal(torch.get_rng_state(), before)
     _, f = greg.embed(net, greg.normalise(images, *greg.STATS["cifar10"]))
     ((header, *rows),) = table_rows(cli(f"predict ce {tmp_path} none.png", 2)[0])
     assert header == ["image", "class", "score", "gamma", "decision"] and state["gamma"] == gamma
