@@ -214,8 +214,8 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
-    if g is None:
-        raise ValueError("s does not depend on x: is part of the network under torch.no_grad()?")
+    if g is None or s.numel() != len(x):
+        raise ValueError("s must be one score for each x that depends on it: no torch.no_grad()")
     return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()
 
 
@@ -258,16 +258,16 @@ def greg_loss(
     backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
-    if x_in.shape[1:] != x_aux.shape[1:] or x_in.is_floating_point() != x_aux.is_floating_point():
-        both = " and ".join(f"{x.dtype} {[*x.shape]}" for x in (x_in, x_aux))
-        raise ValueError(f"x_in and x_aux are {both}: normalise both, in one size")
+    kinds = [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
+    if kinds[0] != kinds[1] or not x_in.is_floating_point():
+        raise ValueError(f"x_in and x_aux are {' and '.join(kinds)}: normalise both, in one size")
     for m in net.modules() if lambda_grad else ():
         # Marks that torch.compile, in three forms, and DDP(static_graph=True) leave on a module.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
-    n, f = len(x_in), _logits(net(x))
+    n, f = len(x_in), _logits(net(x.clone()))  # a copy: its first layer may work in place
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
     y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: probabilities; not []
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
@@ -464,7 +464,7 @@ def _linear(m, x, of):
     if type(m) is nn.BatchNorm2d:
         return x * of(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
     if type(m) is Normalize:
-        _demand(m, (x / m.std).shape == x.shape)  # nothing is broadcast
+        _demand(m, m(x).shape == x.shape)  # nothing is broadcast
         return x * of(1 / m.std)
     return m(x)  # pools, Flatten, ...: |W| = W; only `lipschitz_local` squares, and no pools
 
@@ -524,7 +524,7 @@ def _propagate(net, x, w):
             norm = conv_norm(m.weight * w[:, None, None], hw, m.stride, m.padding)
             w = w.new_full(y.shape[1:2], norm)
         elif type(m) in _DIAGONAL:
-            w = _linear(m, w.view(1, -1, 1, 1), torch.abs).flatten()
+            w = _linear(m, w.view(1, -1, *[1] * (x.dim() - 2)), torch.abs).flatten()
         elif type(m) in (nn.AvgPool2d, nn.MaxPool2d):  # a pixel is in so many windows
             size, stride = _pair(m.kernel_size), _pair(m.stride)
             windows = math.prod(math.ceil(k / s) for k, s in zip(size, stride, strict=True))
@@ -783,7 +783,7 @@ def percentile(v: Tensor, p: float) -> Tensor:
 
 def react(z: Tensor, W: Tensor, b: Tensor, clip: Tensor | float) -> Tensor:
     """ReAct (Sun et al. 2021): energy score of the features clipped from above; z [N,d] -> [N]."""
-    return energy_score(z.clamp(max=clip) @ W.mT + b)
+    return energy_score(F.linear(z.to(W.dtype).clamp(max=clip), W, b))
 
 
 def dice(z: Tensor, W: Tensor, b: Tensor, mask: Tensor, clip: Tensor | float = math.inf) -> Tensor:
@@ -803,8 +803,8 @@ def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[
 
 def line(z: Tensor, W: Tensor, b: Tensor, masks: Callable, clip: Tensor | float) -> Tensor:
     """LINe (Ahn et al. 2023): DICE and ReAct with the predicted class's mask; z [N,d] -> [N]."""
-    predicted = (z.clamp(max=clip) @ W.mT + b).argmax(1)
-    s = z.new_empty(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
+    predicted = F.linear(z.to(W.dtype).clamp(max=clip), W, b).argmax(1)
+    s = z.new_empty(len(z), dtype=torch.promote_types(W.dtype, torch.float32))
     for c in predicted.unique().tolist():  # one class at a time: no K×K×d tensor is needed
         rows = predicted == c
         s[rows] = dice(z[rows], W, b, masks(c), clip)
@@ -906,7 +906,7 @@ def balanced_energy_loss(
     prior_k^gamma: large for classes frequent among them, whose fractions prior [K] has."""
     share = prior**gamma / (prior**gamma).sum()
     Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
-    weight = F.normalize(Z, p=1.0, dim=0)  # Z / Σ Z; 0, not NaN, where every Z underflows to 0
+    weight = F.normalize(Z, p=1.0, dim=0, eps=1e-30)  # Z / Σ Z; not NaN where all underflow to 0
     aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
     return F.relu(energy_score(f_in) - m_in).square().mean() + aux
 
@@ -1061,8 +1061,8 @@ STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and st
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """[N,H,W,C] uint8 -> (x / 255 - mean) / std, [N,C,H,W] float32; ValueError if not uint8."""
-    if (x := torch.as_tensor(x)).dtype != torch.uint8:
-        raise ValueError(f"normalise takes uint8 images [N,H,W,C], got {x.dtype}")
+    if (x := torch.as_tensor(x)).dtype != torch.uint8 or x.dim() != 4:
+        raise ValueError(f"normalise takes uint8 images [N,H,W,C], got {x.dtype} {[*x.shape]}")
     x = x.permute(0, 3, 1, 2).contiguous().float().div_(255)
     return x.sub_(x.new_tensor(mean).view(-1, 1, 1)).div_(x.new_tensor(std).view(-1, 1, 1))
 
@@ -1293,8 +1293,8 @@ class Files(torch.utils.data.Dataset):
 def class_folders(folder: Path) -> list[str]:
     """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
-    if not (names := [p.name for p in entries if p.is_dir()]):
-        raise ValueError(f"{folder} has no folder of images for each class")
+    if len(names := [p.name for p in entries if p.is_dir()]) < 2:
+        raise ValueError(f"{folder} has no folder of images for each of two classes or more")
     if loose := [p.name for p in entries if p.is_file()]:
         remark(f"{folder}: left out {len(loose)} files in no class folder: {loose[0]} …")
     return sorted(names, key=int if all(n.isdecimal() for n in names) else None)
@@ -1609,7 +1609,9 @@ def one_spelling(path: Any) -> str:
 
 def with_whole_paths(c: Config) -> Config:
     """`c` with each path in one spelling: it is the same run from every folder."""
-    parts = [v.partition("=") for v in ([c.ood] if isinstance(c.ood, str) else c.ood)]
+    specs = [c.ood] if isinstance(c.ood, str) else c.ood
+    specs = itertools.chain(*(_OOD if v == "synthetic" else [v] for v in specs))
+    parts = [v.partition("=") for v in specs]
     ood = tuple(name + equals + one_spelling(path) for name, equals, path in parts)
     return replace(c, ood=ood, **{k: one_spelling(vars(c)[k]) for k in "id aux init root".split()})
 
@@ -1653,14 +1655,14 @@ def resolve(c: Config, had: str | None = None) -> Config:
         (c.margins and own, f"--margins auto is of the energy score, {c.method} has another"),
         (others, f"--aux {c.aux} has images of --id: omit --aux"),
         (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
-        (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start, --init"),
+        (no_start, f"{c.method}: fine-tuning, --margins auto need a pre-trained start, --init"),
     ):
         if wrong:
             raise ValueError(text)
     return c
 
 
-def learning_rate(c: Config, t: float | Fraction) -> float:
+def learning_rate(c: Config, t: Fraction) -> float:
     """Learning rate at the share t in [0, 1) of the run: cosine to 0, or / 10 at each share."""
     if c.schedule == "cosine":
         return c.lr * (1 + math.cos(math.pi * t)) / 2
@@ -1740,7 +1742,8 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         pairs = dict(zip(ours, fits[0], strict=True))
     for own, its in pairs.items():
         old, new = ours[own], theirs[its]
-        if its.rpartition(".")[2] != own.rpartition(".")[2] or new.shape != old.shape:
+        swapped = own in theirs and its != own  # though it is there by name
+        if swapped or its.rpartition(".")[2] != own.rpartition(".")[2] or new.shape != old.shape:
             shapes = f"{list(new.shape)}, the network's {own} {list(old.shape)}"
             raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
         if new.is_floating_point() != old.is_floating_point() or not new.isfinite().all():
@@ -2103,7 +2106,7 @@ class FastDoubleBackward(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         table = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat, F.relu: _relu}
-        rules = table[func](*args, **kwargs or {}) if func in table else None  # falsy: PyTorch's
+        rules = table[func](*args, **kwargs or {}) if func in table and args else None
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
@@ -2138,7 +2141,7 @@ def _cat(tensors, dim=0, **other):
 
 def _conv2d(x, weight, bias=None, *options, **other):
     by_layer = bias is None and not other and [*map(type, options)] == [tuple, tuple, tuple, int]
-    by_layer = by_layer and not weight.grad_fn  # one that is computed may depend on the images
+    by_layer = by_layer and x.dim() == 4 and not weight.grad_fn  # computed: maybe from the images
 
     def backward(taking, g, x, weight):
         stride, padding, dilation, groups = options
@@ -2155,8 +2158,8 @@ def _conv2d(x, weight, bias=None, *options, **other):
 
 
 def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # momentum, eps
-    fits = training and bias is not None and x.shape[1:-2] == weight.shape  # [N,C,H,W]
-    if not fits or weight.grad_fn or bias.grad_fn or x.numel() == x.shape[1]:
+    fits = training and weight is not None and bias is not None and x.numel() > x.shape[1]
+    if not fits or weight.grad_fn or bias.grad_fn or x.shape[1:-2] != weight.shape:  # [N,C,H,W]
         return None
 
     def backward(taking, *saved):
@@ -2293,7 +2296,7 @@ def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     aux = Path(one_spelling(c.aux))
     for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if "=" in v):
         within = path.is_relative_to(aux) or (aux.is_dir() and aux.is_relative_to(path))
-        if within and c.aux[-4:] not in ("", ".npz"):  # an archive may hold both
+        if c.aux and within:
             raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
@@ -2312,9 +2315,8 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     c = resolve(replace(config, ood=config.ood or had.get("ood", ())), had.get("stats"))
     if done:
         check_same(c, done["config"], folder)
-        known = {*done["config"]["ood"], *done["gradient_norm"]}
-        known |= {"synthetic"} if {*_OOD} <= known else set()
-        if not {*c.ood} <= known:
+        own = with_whole_paths(saved_config(done["config"])).ood or [*done["gradient_norm"]][1:]
+        if c.ood and {*c.ood} != {*own}:
             raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
         remark(f"{folder} is finished: its results are read")
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
@@ -2564,11 +2566,14 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     rows, notes, sets, found = [], set(), set(), {}
     for r in results:
         c, own = r["config"], {v.partition("=")[0]: v for v in r["config"]["ood"]}  # NAME=PATH
-        sets.add(", ".join(own.get(k, k) for k in r["gradient_norm"] if k != "id"))
+        sets.add(", ".join(sorted(own.get(k, k) for k in r["gradient_norm"] if k != "id")))
         found.setdefault((one_spelling(c["id"]), c["arch"], c["method"]), []).append(r)
-        note = f"- {c['method']}: ID {path_stem(c['id'])} ({c['n_train'] or 'all'}), auxiliary "
-        note += f"{path_stem(c['aux'] or 'none')}, {'fine-tuned' if c['init'] else 'from scratch'}"
-        notes.add(f"{note}, {c['epochs']} epochs\n")
+        note = f"- {c['method']}: {path_stem(c['id'])}, auxiliary {path_stem(c['aux'] or 'none')}, "
+        note += "fine-tuned" if c["init"] else "from scratch"
+        said = {*"method id aux arch seed init".split(), *FREE}
+        said |= {"m_in", "m_aux"} if c.get("margins") else set()  # of each seed its own
+        more = [f", {k} {v}" for k, v in c.items() if k not in said and v != getattr(Config, k, 0)]
+        notes.add(note + "".join(more) + "\n")
     if len(sets) > 1:
         raise ValueError(f"runs have different OOD sets, {' and '.join(sorted(sets))}: move some")
     most = max(map(len, found.values()), default=0)
@@ -2584,7 +2589,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
             row.append(f"{ours} ({theirs})" if theirs else ours)
         rows.append(row)
     header = ["method", *(" ".join((path_stem(c[0]).partition(":")[0], *c[1:])) for c in columns)]
-    text = f"Ours in %, mean ± std over seeds (the paper's Table {number}); OOD: {''.join(sets)}\n"
+    text = f"In %, mean ± std, {most} seeds (the paper's Table {number}); OOD: {''.join(sets)}\n"
     return f"{shown(header, rows, file)}\n{text}{''.join(sorted(notes))}"
 
 
@@ -2836,12 +2841,17 @@ def command_table(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"no finished run below {args.runs}; greg.py train makes one")
         return say(results_table(results))
     runs, results = table_runs(args), []
-    for c in [c for c in runs.values() if not c.init]:  # a start may not be there yet
-        resolve(c)  # raises for bad options before any run begins
-    paper_table(args.number, [r for r in map(read_results, runs) if r])  # raises for mixed OOD
+    done = {folder: r for folder in runs if (r := read_results(folder))}
+    paper_table(args.number, [*done.values()])  # raises for mixed OOD sets; new runs take theirs:
+    ood = next((r["config"]["ood"] for r in done.values()), ())
+    runs = {f: replace(runs[f], ood=runs[f].ood or ood) for f in [*done, *runs]}  # done: first
+    plans = {f: resolve(c, c.stats or "cifar10") for f, c in runs.items()}  # raises for bad options
+    new = {(p.id, p.aux): p for f, p in plans.items() if p.aux and f not in done}
+    for p in () if args.read or args.dry_run else new.values():  # raises now, not after hours
+        load_aux(p.aux, p.root, p.download, load_id(p.id, p.root, p.download, p.size)[0].x.shape[1])
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
-            words = ["python", sys.argv[0], "train", "--out", folder]
+            words = [sys.executable, globals().get("__file__", "greg.py"), "train", "--out", folder]
             for f in fields(Config):
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]

@@ -3,7 +3,7 @@
 # Run the same command again to go on after a stop, however it came: finished runs are skipped.
 set -euo pipefail
 shopt -s inherit_errexit 2>/dev/null || true # bash 4.4
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(CDPATH="" cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 usage() {
   cat <<EOT
