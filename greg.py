@@ -253,9 +253,9 @@ def greg_loss(
     logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For other methods (Table
     4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1); `score` replaces S (low for ID; m_in, m_aux on
     its scale). ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
-    ValueError: in Eqs. (1), (3) an empty side; in (1) m_in >= m_aux; images of two sizes; a part of
-    `net` compiled or in DDP with static_graph, which lose Eq. (3). Where attention is checkpointed,
-    backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
+    ValueError: in Eqs. (1), (3) an empty side; in (1) m_in >= m_aux; images of two sizes or dtypes,
+    or integers; a part of `net` compiled or in DDP with static_graph, which lose Eq. (3). Where
+    attention is checkpointed, backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     kinds = [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
