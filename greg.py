@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. Sections 1-6 are the method, certificates, and what the
-paper compares with, on torch alone (one function: SciPy); 7-9 run them. GReg alone is 2, 3, and
-`Sampler`, `Method`, `batches`, `train_epoch` in 8: read these first. "Needs:" (1 to 6): what a
-section takes from others, besides this head.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" is the paper's; of ours, 1-6 are the method,
+certificates, and what the paper compares with, on torch alone (one function: SciPy), 7-9 run them.
+GReg alone is 2, 3, and in 8 `Sampler`, `Method`, rows "greg" and "greg+" of METHODS and RECIPES,
+`batches`, `train_epoch`: read these first. "Needs:" (1-6): from others, besides this head.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -16,8 +16,8 @@ section takes from others, besides this head.
     8  Training            4, 6.1           the table of methods, the loop, checkpoints, speed
     9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
 
-Notation: S or s the score, LOW MEANS ID everywhere; m_in, m_aux margins; z = h(x) features (in 4:
-logits); gamma the threshold (ID iff s <= gamma); N samples, K classes, d features, k clusters.
+Notation: S, s the score, LOW MEANS ID everywhere; margins m_in, m_aux; f logits, z = h(x) features
+(in 4: logits); threshold gamma (ID iff s <= gamma); N samples, K classes, d features, k clusters.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Rng = torch.Generator | None
-Score = Callable[[Tensor], Tensor]  # logits [N,K] (where it says so, images) -> [N]
+Score = Callable[[Tensor], Tensor]  # logits [N,K] -> [N]; in 4, for smoothing: images -> [N]
 
 # ==================================================================================================
 # 1  Networks: f(x) = W h(x) + b (Sections 3.1 and 6.1)
@@ -178,7 +178,7 @@ def densenet100(K: int) -> Net:
 
 
 def densenet121(K: int) -> Net:
-    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in torchvision's order."""
+    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in its order (for --init)."""
     stem = [_conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     return _densenet(stem, 64, (6, 12, 24, 16), 32, K, "fan_in")
 
@@ -209,7 +209,7 @@ def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂: scores s [N] or [N,1] of x [N,...] -> [N], differentiable.
 
     In eval mode x_i moves s_i alone: this is mask_i ‖∇S(x_i)‖. In training mode batch norm lets it
-    move every s_j: their masked sum stands in for s_i. mask: 0 or 1. ValueError: gradients off."""
+    move all s_j, also if mask_i = 0: hence both masks (of 0 and 1). ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -224,8 +224,8 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    Samples that Eq. (1) still pushes count as norm 0; training mode: `gradient_norm`. s [N] of x
-    [N,...]: first n_in ID. reduction="released" is Eq. (3) / N, the scale of the authors' code."""
+    Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
+    In training mode ∇S is `gradient_norm`'s. reduction="released", their code's: Eq. (3) / N."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -237,7 +237,7 @@ def _logits(f):  # logits, (logits, ...) or {"logits": ...} -> logits
     return f["logits"] if isinstance(f, Mapping) else f[0] if isinstance(f, (tuple, list)) else f
 
 
-# The objective, its terms (energy: Eq. (1) or aux_loss), logits [N,K] and scores [N] behind them.
+# The objective, its terms unweighted (energy: Eq. (1) or aux_loss), logits [n+m,K], scores [n+m].
 GregLoss = namedtuple("GregLoss", "loss ce energy gradient logits scores")
 
 
@@ -269,7 +269,7 @@ def greg_loss(
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x.clone()))  # a copy: its first layer may work in place
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # floats: probabilities; not []
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # probabilities; [] is float too
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -291,7 +291,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = _logits(net(x))
     for _, args, output in caught:
-        if args and output is f and f.dim() == 2:  # f itself, not made anew; z by position
+        if args and output is f and f.dim() == 2:  # not f / T; z not by keyword
             return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -310,12 +310,12 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: 2k distinct indices of N candidates, by their features z [N,d], scores s [N].
+    """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
 
-    From each of k = n_ID clusters of normalised features two (Section 6.1): the lowest score for
-    Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all 2k). Where a cluster has one
-    member or none, random candidates fill in. ValueError: too few, or a NaN score.
-    DOS (Jiang et al. 2024) takes from each cluster just the lowest s = p_{K+1}, so k: ends=(0,)."""
+    From each of k = n_ID clusters of normalised features the places `ends` by score, here two
+    (Section 6.1): the lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all
+    2k). ends=(0,) with s = p_{K+1} is DOS (Jiang et al. 2024). Where a cluster has too few members,
+    random candidates fill in. ValueError: N < len(ends)·k, or a NaN score."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -348,14 +348,14 @@ def kmeans(
     with torch.autocast(x.device.type, enabled=False):
         x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
         scale = x.abs().max().clamp(min=torch.finfo(x.dtype).tiny)  # so that no square overflows
-        mean = (x / scale).mean(0)
-        x = x / scale - mean  # centred, else ‖x‖² - 2 x·c + ‖c‖² cancels
+        centre = (x / scale).mean(0)
+        x = x / scale - centre  # centred, else ‖x‖² - 2 x·c + ‖c‖² cancels
         square = x.square().sum(1)
         for _ in range(n_init):
             c, moved = _seeds(x, square, k, generator), math.inf
             for i in range(max_iter + 1):  # assign, then move, unless this is the end
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square  # ‖c‖² - 2 x·c has the same nearest c; + ‖x‖²: it is ‖x - c‖²
+                distance += square  # from the least ‖c‖² - 2 x·c to the least ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
                 member = F.one_hot(labels, k).to(x.dtype)  # [N,k]
@@ -365,14 +365,14 @@ def kmeans(
                 moved, c = (means - c).square().sum(), means
             runs.append((distance.sum().item(), labels, c))
     _, labels, c = min(runs, key=lambda run: run[0])
-    return labels, (c + mean) * scale, ((x - c[labels]) * scale).square().sum()
+    return labels, (c + centre) * scale, ((x - c[labels]) * scale).square().sum()
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], in at most 16·k points drawn with
-    weights half uniform, half ∝ squared distance to the mean (Bachem et al. 2018). The first is a
-    seed; each next: of 2 + ⌊ln k⌋ drawn ∝ squared distance to the nearest seed, the one that leaves
-    least in sum. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d] from a sample: at most 16·k points,
+    half uniform, half ∝ squared distance to the mean (Bachem et al. 2018); its first is a seed. For
+    each next, draw 2 + ⌊ln k⌋ points ∝ squared distance to the nearest seed and keep the one that
+    makes the sum of these least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # uniform half + far half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
@@ -959,7 +959,7 @@ def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
 
 
 def fpr_at_tpr(s_in: Tensor, s_out: Tensor, tpr: float = 0.95) -> float:
-    """FPR95: the share of s_out at or below `threshold`: a tie with γ passes for ID."""
+    """FPR95 (at this tpr): share of s_out at or below `threshold`: a tie with γ passes for ID."""
     return (_vector(s_out) <= threshold(s_in, tpr)).double().mean().item()
 
 
@@ -978,7 +978,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics (fractions) and counts; aupr_out, *_ood_positive: OOD is positive."""
+    """All metrics (fractions) and counts. ID is positive; in aupr_out, *_ood_positive OOD is."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
@@ -1464,14 +1464,14 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # (f_in, f_aux, y_in) -> scalar; energy_loss stands for Eq. (1)
+    loss: Callable[..., Tensor]  # aux_loss of `greg_loss`; energy_loss itself: None there, Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # S in Eqs. (1) and (3); None: no Eq. (3)
-    score: str = "energy"
+    gradient: Score | None = None  # `score` of `greg_loss`; None: energy in (1), no Eq. (3)
+    score: str = "energy"  # in tests (9): a name of --scores
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # {}: loss's keywords
+    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # and loss's keywords
     margins: tuple[float, float] | None = None  # in place of --m-in, --m-aux
 
 
@@ -1955,26 +1955,26 @@ def to_input(run: Run, x: Tensor, generator: Rng = None) -> Tensor:
 
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x_in, y_in and auxiliary candidates of each remaining step of the epoch, for this process: a
-    function of (seed, epoch, step, rank, ranks) and a pool, whatever workers and stops. Step t of
-    process r takes part t · ranks + r of the epoch's images, or of the candidates to pick from."""
+    """x_in, y_in, x_aux (before `pick`) of each step that the epoch still has, for this process: a
+    function of (seed, epoch, step, rank, ranks) and a pool, whatever workers and stops. Process r
+    takes, of ID and auxiliary images, part t · ranks + r of the epoch's steps · ranks parts."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
-    m, parts = run.steps * ranks, range(run.step * ranks + rank, run.steps * ranks, ranks)
+    parts = range(run.step * ranks + rank, m := run.steps * ranks, ranks)  # of m: this process's
 
-    def cut(order, n):  # `order`, cycled to n, in m parts: this process's
+    def cut(order, n):  # `parts` of the m into which `order`, cycled to length n, falls
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):  # an item is a whole batch: a list of (index, seed)
+        if isinstance(images.x, Files):  # lots: batches as lists of (index, seed of its crop)
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"batch_size": None, "sampler": lots, "num_workers": c.workers}
             stream = torch.utils.data.DataLoader(images.x, **more)
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
-            if isinstance(x, Exception):
+            if isinstance(x, Exception):  # of a worker: a file that is no image
                 raise ValueError(f"{x}: put another image in its place and go on")
             yield to_input(run, x, rng(run.device, *key, i, "noise"))
 
@@ -1986,10 +1986,10 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
         order = run.memory.get("pool", order)
         if sampler.pick:
-            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)
+            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # Section 6.1
         streams.append(crops("aux", aux, order, n_aux))
     for x_in, y_in, *x_aux in zip(*streams, strict=True):
-        yield x_in, y_in, *(x_aux or [x_in[:0]])
+        yield x_in, y_in, x_aux[0] if aux else x_in[:0]
 
 
 def train_epoch(run: Run) -> None:
@@ -2000,7 +2000,7 @@ def train_epoch(run: Run) -> None:
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress = bar(batches(run), what, total=run.steps, initial=run.step)
     looked, graph = began, None
-    for x_in, y_in, x_aux in progress:
+    for x_in, y_in, x_aux in progress:  # x_aux: to train on, or to pick from
         t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
@@ -2009,8 +2009,8 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         fold = c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        fold /= ranks if c.reduction == "released" else 1  # its N is this rank's only
-        options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
+        fold /= ranks if c.reduction == "released" else 1  # N of all ranks, not this one's
+        options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss  # of greg_loss
 
         def differentiate(x_in, y_in, x_aux, options=options):  # bound now: a graph calls it later
             run.net.train()
@@ -2021,7 +2021,7 @@ def train_epoch(run: Run) -> None:
             return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
 
         if c.cuda_graph and not context:  # a context is new at each step
-            graph = graph or Graphed(differentiate)  # first step's options: --grad-every is 1
+            graph = graph or Graphed(differentiate)  # keeps step 1's options: --grad-every is 1
         elif c.cuda_graph and not t:
             remark(f"{c.method} takes plain steps: its loss is given something new at each")
         out = (graph or differentiate)(x_in, y_in, x_aux)
@@ -2030,12 +2030,12 @@ def train_epoch(run: Run) -> None:
         n, K = len(y_in), len(run.train_set.classes)
         s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * fold, *shares  # Eq. (3) times its fold
+        terms = *out[:3], out.gradient * fold, *shares  # in the order of TERMS
         run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or time.time() > looked + 1:  # processes fail together
+        if ranks > 1 or time.time() > looked + 1:  # several: always, to fail together
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
