@@ -2141,7 +2141,7 @@ def _cat(tensors, dim=0, **other):
 
 def _conv2d(x, weight, bias=None, *options, **other):
     by_layer = bias is None and not other and [*map(type, options)] == [tuple, tuple, tuple, int]
-    by_layer = by_layer and x.dim() == 4 and not weight.grad_fn  # computed: maybe from the images
+    by_layer = by_layer and x.dim() == 4 and not weight.grad_fn  # none made of images
 
     def backward(taking, g, x, weight):
         stride, padding, dilation, groups = options
