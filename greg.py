@@ -38,6 +38,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 import threading
@@ -1684,13 +1685,15 @@ def rng(device: torch.device | str, *key: object) -> torch.Generator:
 
 
 # ---- What a run leaves in its folder.
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """The first process writes a file, whole or not at all."""
+def write_atomically(path: Path, content: str | bytes | memoryview, keep: str = "") -> None:
+    """The first process writes a file, whole or not at all; `keep`: a name for the old one."""
     if world()[0] > 0:
         return
     temp = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         temp.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
+        if keep and path.exists():
+            write_atomically(path.with_name(keep), path.read_bytes())
         os.replace(temp, path)
     except OSError as e:
         raise OSError(f"{path} could not be written ({e}); an old one is intact") from e
@@ -1793,6 +1796,23 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, wher
 
 
 @contextlib.contextmanager
+def interrupts(run: Run) -> Iterator[None]:
+    """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; then Ctrl-C stops at once."""
+
+    def stop(number: int, frame: object) -> None:
+        run.stopped_by = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not SIGTERM: it may come twice
+
+    with contextlib.ExitStack() as before:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, embedded
+                before.callback(signal.signal, number, signal.signal(number, stop))  # the old one
+        yield
+    if run.stopped_by:  # since the last `look`; `end_epoch` has saved
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One run at a time in a folder, made if need be; ValueError for a second."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -1861,7 +1881,8 @@ def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Ten
 
 # ---- The loop.
 CODE = hashlib.sha256(Path(globals().get("__file__", os.devnull)).read_bytes()).hexdigest()[:12]
-SAVE_SECONDS = 60  # between saves within an epoch: what a stop can cost
+SAVE_SECONDS = 600  # between saves within an epoch
+SIGNALS = signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows
 TERMS = ("loss", "ce", "auxiliary", "gradient", "accuracy", "share_in", "share_aux")
 
 
@@ -1883,6 +1904,7 @@ class Run:
     step: int = 0
     memory: dict[str, Tensor] = field(default_factory=dict)  # of samplers and losses
     rows: list[dict[str, float]] = field(default_factory=list)  # of log.jsonl
+    stopped_by: int = 0  # number of the signal
     saved_at: float = field(default_factory=time.time)
 
 
@@ -1895,7 +1917,7 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{has} give no equal shares of {c.batch}, {need} (--batch, --candidates)")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    begun = (folder / "checkpoint.pt").exists()  # then without --init
+    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # no --init then
     size, held = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
     some = [x[:: len(x) // 16 or 1].tolist() for x in held]  # some 16 images of a set in memory
     marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
@@ -1935,13 +1957,13 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
 
 
 def save(run: Run, **more: Any) -> None:
-    """Write all that a resumed run needs."""
+    """Write all that a resumed run needs; the checkpoint before stays, as checkpoint.prev.pt."""
     state = {k: getattr(run, k) for k in ("memory", "rows", "epoch", "step", "sums")}
     state |= run.marks | more | {"config": asdict(run.config)}
     state |= {"net": run.net.state_dict(), "optimizer": run.optimizer.state_dict()}
     content = io.BytesIO()  # torch.save raises RuntimeError on a full disk
     torch.save(state, content)
-    write_atomically(run.folder / "checkpoint.pt", content.getbuffer())
+    write_atomically(run.folder / "checkpoint.pt", content.getbuffer(), "checkpoint.prev.pt")
     run.saved_at = time.time()
 
 
@@ -1952,6 +1974,11 @@ def to_input(run: Run, x: Tensor, generator: Rng = None) -> Tensor:
         noise = torch.randn(x.shape, generator=generator, device=x.device)
         x += run.config.noise * noise / x.new_tensor(STATS[run.config.stats][1]).view(-1, 1, 1)
     return x.contiguous(memory_format=torch.channels_last) if run.config.channels_last else x
+
+
+def _leave_signals(worker):
+    for number in SIGNALS:  # often sent to the whole group: the parent saves
+        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -1969,8 +1996,8 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
         if isinstance(images.x, Files):  # lots: batches as lists of (index, seed of its crop)
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
-            more = {"batch_size": None, "sampler": lots, "num_workers": c.workers}
-            stream = torch.utils.data.DataLoader(images.x, **more)
+            more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
+            stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
         else:
             stream = (augment(images.x[at].to(run.device), rng("cpu", *key, i)) for i, at in pairs)
         for i, x in zip(parts, stream, strict=True):
@@ -2035,14 +2062,14 @@ def train_epoch(run: Run) -> None:
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or time.time() > looked + 1:  # several: always, to fail together
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks must look, or none
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
 
 
 def look(run: Run, progress: Any) -> dict[str, float]:
-    """Check, show and return the mean TERMS of the epoch so far; save if due."""
+    """Check, show and return the mean TERMS of the epoch so far; save if due, stop if asked to."""
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
     if bad := [k for k in (*TERMS[1:], "loss") if not math.isfinite(means[k])]:  # the sum last
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
@@ -2050,8 +2077,14 @@ def look(run: Run, progress: Any) -> dict[str, float]:
         raise FloatingPointError(f"the {bad[0]} term is {where}: {why}")
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
-    if time.time() - run.saved_at > SAVE_SECONDS:
+    stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()
+    if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
+    if stop:  # all processes, though the signal may have met one
+        progress.close()
+        number = run.stopped_by or int(signal.SIGTERM)
+        remark(f"signal {number}, saved {run.folder}: the command goes on from here")
+        raise SystemExit(128 + number)
     return means
 
 
@@ -2336,8 +2369,9 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
             keep_apart("auxiliary", (aux,) if aux else (), ood)
         run = start(c, folder, device, train_set, aux)
         write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
-        while run.epoch < c.epochs:
-            train_epoch(run)
+        with interrupts(run):
+            while run.epoch < c.epochs:
+                train_epoch(run)
         names = [*dict.fromkeys([METHODS[c.method].score, *(() if c.aux else POST_HOC_ROWS)])]
         results, raw = evaluate(run.net, train_set, test_set, ood, run.config, names)
         save(run, gamma=results["gamma"][results["score"]], score=results["score"])
@@ -3003,7 +3037,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             remark(f"on {args.device}")
         return args.run_command(args) or 0
     except KeyboardInterrupt:
-        reason, code = "stopped; a run goes on from its last save", 130
+        reason, code = "stopped; what was saved stays", 130
     except Exception as e:
         if os.environ.get("GREG_DEBUG"):
             raise

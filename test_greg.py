@@ -14,6 +14,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import symtable
 import sys
@@ -38,8 +39,7 @@ from torchvision import transforms as T
 
 import greg
 
-always = {"deadline": None, "derandomize": True, "database": None}
-settings.register_profile("suite", max_examples=int(os.environ.get("EXAMPLES", 25)), **always)
+settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
 torch.set_num_threads(1)
 TORCH = Mock(seed=torch.manual_seed, getstate=torch.get_rng_state, setstate=torch.set_rng_state)
@@ -48,10 +48,7 @@ HERE, CPU, seeds = Path(greg.__file__).parent, torch.device("cpu"), st.integers(
 
 generator = lambda seed: torch.Generator().manual_seed(seed)  # noqa: E731
 pixels = lambda seed, *n: torch.randint(256, n, generator=generator(seed), dtype=torch.uint8)  # noqa: E731
-
-
-def normal(seed, *shape, dtype=torch.float64):
-    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+normal = lambda seed, *n, dtype=torch.double: torch.randn(n, generator=generator(seed), dtype=dtype)  # noqa: E731
 
 
 def seeded(seed, build):
@@ -227,7 +224,6 @@ def lloyd(x, c, steps, tol):  # by recursion: points farthest from theirs fill e
        st.sampled_from([0.0, 0.02, 0.3]), st.sampled_from([1, 5]),
        st.sampled_from([(1, 0), (1, 1000), (1e37, 0), (1e-37, 0)]))  # fmt: skip
 def test_kmeans_is_the_best_of_lloyds_iterations(seed, n, d, k, max_iter, tol, spread, place):
-    """From the same starts, some far out (empty clusters), for points of any size, anywhere."""
     starts, (unit, origin) = spread * normal(seed + 1, 3, k, d), place
     x = (normal(seed, n, d) * unit + origin).float()
     size, c = x.abs().max(), iter((starts * unit + origin).float())
@@ -630,8 +626,7 @@ def test_wide_resnet_follows_the_paper_of_zagoruyko_and_komodakis():
         expected = out + (expected if b else F.conv2d(o, next(layers).weight, stride=stride))
     expected = net.fc(F.relu(next(layers)(expected)).mean((2, 3)))
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
-    for depth in -2, 4, 9, 11, 15, 39:
-        refuses(lambda depth=depth: greg.wrn(depth, 1, 10), "6 n + 4", str(depth))
+    [refuses(lambda n=n: greg.wrn(n, 1, 10), "6 n + 4", str(n)) for n in (-2, 4, 9, 11, 15, 39)]
 
 
 @pytest.mark.parametrize("name", COUNTS)
@@ -681,7 +676,6 @@ hostile = type("Hostile", (), {"__reduce__": lambda self: (os.mkdir, ("owned",))
 MISFITS = {  # what a file holds, and words of the sentence about it
     "headless": ({k: v for k, v in STATE.items() if k != "fc.bias"}, "--arch"),
     "renamed": ({k.replace("running_mean", "what"): v for k, v in STATE.items()}, "running_mean"),
-    "eleven": (greg.wrn(10, 1, 11).state_dict(), "fc.bias [11]", "fc.bias [10]"),
     "sorted": ({k.replace("fc", "o"): STATE[k] for k in sorted(STATE)}, "another network"),
     "swapped": ({k.replace("fc", "o"): STATE[k] for k in KEYS[:6] + KEYS[12:] + KEYS}, KEYS[12]),
     "twice": ({f"{a}.{k}": v for a in ("ema", "last") for k, v in STATE.items()}, "2 sets"),
@@ -690,14 +684,13 @@ MISFITS = {  # what a file holds, and words of the sentence about it
     "list": ([1, 2], "0 tensors (list"), "int": (STATE | {"fc.bias": pixels(0, 10)}, "uint8"),
     "nan": (STATE | {"fc.bias": STATE["fc.bias"] * math.nan}, "NaN or infinity in fc.bias"),
     "kernels": ({"w": {}}, "0 tensors (w"), "both": ({"net": STATE, "ema": STATE}, "(net, ema"),
-}  # fmt: skip
+    "eleven": (greg.wrn(10, 1, 11).state_dict(), "fc.bias [11]", "fc.bias [10]")}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path, monkeypatch, name):
-    (content, *words), net = MISFITS[name], copy.deepcopy(TINY)
+    (content, *words), net, file = MISFITS[name], copy.deepcopy(TINY), Path(f"{name}.pt")
     monkeypatch.chdir(tmp_path)
-    file = Path(f"{name}.pt")
     refuses(lambda: greg.load_weights(net, file), str(file), error=FileNotFoundError)
     file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
     refuses(lambda: greg.load_weights(net, file), str(file), *words)
@@ -766,7 +759,6 @@ def test_odin_steps_up_the_predicted_probability_and_leaves_all_as_it_was(seed, 
 
 @given(seeds, *[shares] * 4, st.sampled_from([None, 0.7]), st.sampled_from([4, 5]))
 def test_scores_of_features_are_their_papers_loops(seed, p_r, p_d, p_a, p_w, clip, outputs):
-    """Whether the head has four outputs, or a fifth for an absent class, which no score sees."""
     net, y, x = smooth_net(seed, outputs).eval(), torch.arange(40) % 4, normal(seed + 2, 6, 3, 1, 2)
     z, h = (net.features(v).detach() - 0.5 for v in (normal(seed + 1, 40, 3, 1, 2), x))
     W, b = net.fc.weight.detach()[:4], net.fc.bias.detach()[:4]
@@ -842,8 +834,7 @@ def test_metrics_are_exact_in_float64_of_many_scores_and_of_vectors_alone():
     for metric, bad in itertools.product(metrics, bads):
         for pair in (bad, ok), (ok, bad):
             refuses(functools.partial(metric, *pair), "[N]", str(list(bad.shape)))
-    for tpr in 0.0, 1.5, -1:
-        refuses(lambda tpr=tpr: greg.threshold(ok, tpr), "tpr", str(tpr))
+    [refuses(lambda tpr=tpr: greg.threshold(ok, tpr), "tpr", str(tpr)) for tpr in (0.0, 1.5, -1)]
 
 
 # ---- Data (section 7)
@@ -915,13 +906,12 @@ def test_id_arrays_are_kept_as_they_are_and_bad_ones_named(tmp_path):
     assert torch.equal(few.x // 300, few.y) and len(few.y) == 90 and (few.y == 2).sum() > 15
     for key, bad, *words in (
         ("x_train", np.zeros((6, 8, 8, 3)), "train, must be uint8 [N,8,8,3]", "float64"),
-        ("x_train", np.zeros((0, 8, 8, 3), u8), "[0, 8, 8, 3]"),
         ("x_test", np.zeros((3, 9, 8, 3), u8), "test, must be uint8 [N,8,8,3]", "[3, 9, 8, 3]"),
         ("y_train", np.arange(3), "6 integer", "[3]"), ("y_train", np.arange(6.0) % 3, "float64"),
         ("y_train", np.array([-1, 0, 1, 2, 0, 1]), "0..3", "[-1, 3]"),
         ("y_test", np.array([0, 1, 3]), "test, needs", "0..2", "[2, 3]"),
         ("y_test", np.array(["a", "b", "c"]), "x_train", "in y_test"), ("y_train", [0] * 6, "0..1"),
-    ):  # fmt: skip
+        ("x_train", np.zeros((0, 8, 8, 3), u8), "[0, 8, 8, 3]")):  # fmt: skip
         np.savez(path, **arrays | {key: bad})
         refuses(lambda: greg.load_id(str(path)), path.name, *words)
     np.savez(path, **arrays)
@@ -1241,8 +1231,8 @@ def begun(folder, method, ids=IDS, aux=AUX, **options):  # a run in its folder, 
     return greg.start(c, folder, CPU, ids, aux if c.aux else None)
 
 
-def ended(run):  # as the command does it: alone in its folder
-    with greg.alone(run.folder):
+def ended(run):  # as the command does it: alone in its folder, under the signals' handlers
+    with greg.alone(run.folder), greg.interrupts(run):
         while run.epoch < run.config.epochs:
             greg.train_epoch(run)
 
@@ -1386,27 +1376,38 @@ def test_the_compared_methods_mix_weigh_and_mine_as_their_authors_do(monkeypatch
 def test_a_run_stopped_anywhere_goes_on_as_if_not(method, begin, tmp_path, monkeypatch, capsys):
     options = {"init": begin, "noise": 0.05, "candidates": 4}
     options |= as_files(tmp_path) if method == "greg+" else {}
-    (a, b, c), loss = map(tmp_path.joinpath, "abc"), greg.greg_loss
+    a, b, c = map(tmp_path.joinpath, "abc")
+    loss, clock = greg.greg_loss, itertools.count(1e10, 999)
+    before = [signal.signal(number, signal.SIG_DFL) for number in greg.SIGNALS]
     ended(begun(a, method, **options))
-    for at, saves, error, left in (  # saved at each step, or at an epoch's end alone
-        (2, True, KeyboardInterrupt, 1), (4, False, OSError, 1), (7, True, SystemExit, 6),
-        (8, False, FloatingPointError, 6)):  # fmt: skip
+    for at, signals, error, words in (  # at the last step of an epoch too; then Ctrl-C is a kill
+        (2, [signal.SIGTERM] * 2, SystemExit, "143"), (4, [signal.SIGHUP], SystemExit, "129"),
+        (7, [signal.SIGHUP, signal.SIGINT], KeyboardInterrupt, None),
+        (8, [], FloatingPointError, "ce .* epoch 2")):  # fmt: skip
         run = begun(b, method, workers=at // 4, **options)
 
-        def disturbed(net, *args, run=run, at=at, error=error):
+        def disturbed(net, *args, run=run, at=at, signals=signals):
             if 4 * run.epoch + run.step + 1 == at:
-                net.fc.bias.data *= math.nan
-                if error is not FloatingPointError:  # that is what NaN becomes
-                    raise error
+                net.fc.bias.data *= 1 if signals else math.nan
+                for number in signals:
+                    os.kill(os.getpid(), number)
             return loss(net, *args)
 
-        with monkeypatch.context() as patch, pytest.raises(error):
+        with monkeypatch.context() as patch, pytest.raises(error, match=words):
             patch.setattr(greg, "greg_loss", disturbed)
-            clock = itertools.count(run.saved_at, 99 if saves else 2).__next__
-            patch.setattr(greg, "time", SimpleNamespace(time=clock, sleep=bool))
+            if at == 7:  # looks and saves after every step
+                patch.setattr(greg, "time", SimpleNamespace(time=clock.__next__, sleep=bool))
             ended(run)
-        state = greg.stored(b)
-        assert 4 * state["epoch"] + state["step"] == left
+        state, err = greg.stored(b), capsys.readouterr().err
+        assert 4 * state["epoch"] + state["step"] == min(at, 6)
+        assert ("goes on from here" in err) == (error is SystemExit)
+    assert {signal.getsignal(number) for number in greg.SIGNALS} == {signal.SIG_DFL}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with greg.interrupts(run):
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt), greg.interrupts(run):  # after the last step
+        os.kill(os.getpid(), signal.SIGTERM)
+    list(map(signal.signal, greg.SIGNALS, before))
     ended(begun(b, method, **options))
     greg.ThreadPoolExecutor().submit(ended, begun(c, method, seed=1, **options)).result()
     first, second, third = ([greg.stored(d)[k] for k in ("net", "memory")] for d in (a, b, c))
@@ -1425,7 +1426,7 @@ def test_rows_recipes_and_defaults_are_those_of_the_paper_and_its_rivals():
         cosine 128 0.0005 | finetune 20 0.001 cosine 64 0.0005 | greg+ 60 0.1 5/6 64 0.0001 | mining
         100 0.1 0.5,0.75,0.9 64 0.0001 | openmix 200 0.1 0.5,0.75 128 0.0005 | greg cifar10
         random300k 32 wrn40_2 0 torchvision 20 0.001 cosine 64 0.0005 6 600000 0 -25.0 -7.0 0.1
-        1.0 paper 1 0.0 imagenet False False False False () data False 4 60 32 1 128"""
+        1.0 paper 1 0.0 imagenet False False False False () data False 4 600 32 1 128"""
     found, sizes = [], ((32, "cpu"), (224, "cpu"), (32, "meta"))
     for k, m in greg.METHODS.items():
         found += k, m.sampler.per_id, m.lambda_s, m.score, m.recipe, +m.extra_class, +bool(m[2])
@@ -1510,11 +1511,12 @@ def test_a_folder_is_gone_on_with_only_by_its_own_run(begin, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", lambda self, _: self.touch() or os.stat("no room"))
         refuses(lambda: greg.save(run), "could not be written", "no room", error=OSError)
-    path = folder / "checkpoint.pt"
-    assert {*folder.iterdir()} == before and again().epoch == 2
+    path, prev = folder / "checkpoint.pt", greg.stored(folder / "checkpoint.prev.pt")
+    assert {*folder.iterdir()} == before and again().epoch == 2 and prev["epoch"] == 0
     for content in path.read_bytes()[:-1], path.read_bytes()[:5000], b"":
         path.write_bytes(content)
         refuses(again, str(path))
+    refuses(lambda: path.rename(f"{path}.pt") and again(), str(path), error=FileNotFoundError)
     torch.save(state["net"], path)  # a public file
     assert greg.stored(folder) == greg.stored(path) == {}
     refuses(again, "no run's")
@@ -1584,9 +1586,8 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
     for epoch, (method, margins, fell, share, *words) in enumerate((
         ("energy", "", 0.11, 0.0, "fell by 11.0%; --margins auto"), ("energy", "", 0.09, 0.0),
         ("oe", "", 0.2, 0.0, "fell by 20.0%\n"), ("energy", "auto", 0.2, 0.0, "fell by 20.0%\n"),
-        ("greg", "", 0.0, 0.021), ("ce", "", 0.0, 0.0),
         ("greg", "", 0.0, 0.019, "score is -9.0 on ID, -8.0 on aux", "--margins auto"),
-    )):  # fmt: skip
+        ("greg", "", 0.0, 0.021), ("ce", "", 0.0, 0.0))):  # fmt: skip
         capsys.readouterr()
         run.config = greg.replace(run.config, method=method, margins=margins)
         greg.end_epoch(run, {"probe_accuracy": 0.9 - fell, "share_in": share, "share_aux": 0.0})
@@ -1598,7 +1599,7 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
     bar.set_postfix_str.assert_called_once_with("loss 2 accuracy 0.5", refresh=False)  # no zeros
 
 
-def steps_of_a_process(rank, ranks, folder, options):
+def steps_of_a_process(rank, ranks, folder, options):  # two, with a signal to the last in one
     ours = {"rank": rank, "world_size": ranks}
     torch.distributed.init_process_group("gloo", f"file://{folder}/store{ranks}", **ours)
     union = normal(1, 12, 3, 8, 8), torch.arange(12) % 4, normal(2, 12, 3, 8, 8)
@@ -1606,7 +1607,9 @@ def steps_of_a_process(rank, ranks, folder, options):
     greg.end_epoch, run = lambda run, row: None, begun(folder / f"run{ranks}", "greg", **options)
     run.net.double()
     greg.train_epoch(run)
-    greg.save(run)
+    run.stopped_by = int(signal.SIGHUP) * (rank + 1 == ranks)
+    with pytest.raises(SystemExit, match=str(128 + (run.stopped_by or signal.SIGTERM))):
+        greg.train_epoch(run)
     assert greg.main([]) == 2 and greg.world()[1] == ranks  # a command leaves the group as it is
     torch.save([run.net.state_dict(), run.sums], folder / f"{ranks}{rank}.pt")
 
@@ -1669,7 +1672,6 @@ def table_rows(text):  # the cells of the Markdown tables in a text, a list of r
 
 
 def test_evaluation_is_by_the_functions_of_sections_5_and_6(monkeypatch, capsys):
-    """Class K + 1 counts for its own score and for ∇S; all else is as without it."""
     monkeypatch.setitem(greg.SCORES, "mine", lambda net, x, *_: greg.energy_score(net(x)[:, :10]))
     net = copy.deepcopy(more := seeded(0, lambda: greg.wrn(10, 1, 11)).train()).eval()
     net.fc.weight.data, net.fc.bias.data = net.fc.weight.data[:10], net.fc.bias.data[:10]
@@ -1873,9 +1875,7 @@ def test_predict_decides_by_the_threshold_and_goes_on(lab, cli, tmp_path, monkey
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "a|b.png").write_bytes((tmp_path / "00.png").read_bytes()[:99])
-    before = torch.get_rng_state()
     (net, _, state), gamma = greg.load_run(lab / "ce", CPU), done["gamma"]["energy"]
-    assert torch.equal(torch.get_rng_state(), before)
     _, f = greg.embed(net, greg.normalise(images, *greg.STATS["cifar10"]))
     ((header, *rows),) = table_rows(cli(f"predict ce {tmp_path} none.png", 2)[0])
     assert header == ["image", "class", "score", "gamma", "decision"] and state["gamma"] == gamma
