@@ -128,8 +128,8 @@ def test_the_defaults_are_those_of_the_papers():
         greg.greg_loss.__wrapped__: (-25, -7, 0.1, 1, "paper", greg.energy_score, None),
         greg.balanced_energy_loss: (-25, -7, 10, 0.05), greg.kmeans: (3, 100, 1e-4, None),
         greg.gradient_loss: (-25, -7, "paper"), greg.quantile_mining: (0.125,),
-        greg.odin: (1000, 0.0014, (1,), None), greg.fpr_at_tpr: (0.95,),
-        greg.threshold: (0.95,)}  # fmt: skip
+        greg.odin: (1000, 0.0014, (1,), None), greg.fpr_at_tpr: (0.95,), greg.threshold: (0.95,),
+        greg.smoothed_radius: (0.001,), greg.smoothing_radius: (1000, 0.001, None)}  # fmt: skip
     assert {f: f.__defaults__ for f in own} == own and greg.attack.__wrapped__.__defaults__[0] == 20
 
 
