@@ -1611,8 +1611,7 @@ def one_spelling(path: Any) -> str:
 def with_whole_paths(c: Config) -> Config:
     """`c` with each path in one spelling: it is the same run from every folder."""
     specs = [c.ood] if isinstance(c.ood, str) else c.ood
-    specs = itertools.chain(*(_OOD if v == "synthetic" else [v] for v in specs))
-    parts = [v.partition("=") for v in specs]
+    parts = [v.partition("=") for s in specs for v in (_OOD if s == "synthetic" else [s])]
     ood = tuple(name + equals + one_spelling(path) for name, equals, path in parts)
     return replace(c, ood=ood, **{k: one_spelling(vars(c)[k]) for k in "id aux init root".split()})
 
