@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
-Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" is the paper's; of ours, 1-6 are the method,
-certificates, and what the paper compares with, on torch alone (one function: SciPy), 7-9 run them.
+Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" means the paper's; this file's parts are 1-9:
+1-6, method, certificates, rivals and metrics, need torch alone (one function: SciPy); 7-9 run them.
 GReg alone is 2, 3, and in 8 `Sampler`, `Method`, rows "greg" and "greg+" of METHODS and RECIPES,
-`batches`, `train_epoch`: read these first. "Needs:" (1-6): from others, besides this head.
+`batches`, `train_epoch`: read these first. "Needs:" heading 1-6: names used from other parts.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -97,7 +97,7 @@ class Concat(Residual):
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std for x [N,C,H,W] in [0,1]."""
+    """(x - mean) / std for x [N,C,H,W] in [0,1], as a layer: `certify_run` puts it before a Net."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -174,7 +174,7 @@ def _densenet(layers, c, blocks, growth, K, fan):
 
 
 def densenet100(K: int) -> Net:
-    """DenseNet-BC with 100 layers and growth 12, d = 342: the paper's "DenseNet-101"."""
+    """DenseNet-BC, 100 layers, growth 12, d = 342: assumed to be the paper's "DenseNet-101"."""
     return _densenet([_conv(3, 24, 3)], 24, (16, 16, 16), 12, K, "fan_out")
 
 
@@ -209,15 +209,15 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂: scores s [N] or [N,1] of x [N,...] -> [N], differentiable.
 
-    In eval mode x_i moves s_i alone: this is mask_i ‖∇S(x_i)‖. In training mode batch norm lets it
-    move all s_j, also if mask_i = 0: hence both masks (of 0 and 1). ValueError: gradients off."""
+    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. In training mode (batch norm)
+    on all of x: mask_j picks the scores, mask_i (0 or 1) the norms. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
     if g is None or s.numel() != len(x):
-        raise ValueError("s must be one score for each x that depends on it: no torch.no_grad()")
-    return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()
+        raise ValueError("need one score for each x, computed from it, not under torch.no_grad()")
+    return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()  # d‖g‖ at g = 0 is 0
 
 
 def gradient_loss(
@@ -226,7 +226,7 @@ def gradient_loss(
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
     Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
-    In training mode ∇S is `gradient_norm`'s. reduction="released", their code's: Eq. (3) / N."""
+    In training mode ∇S is `gradient_norm`'s. reduction="released" (their code): Eq. (3) / N."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -270,7 +270,7 @@ def greg_loss(
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
     n, f = len(x_in), _logits(net(x.clone()))  # a copy: its first layer may work in place
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # probabilities; [] is float too
+    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # float: probabilities or []
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -292,7 +292,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
         f = _logits(net(x))
     for _, args, output in caught:
-        if args and output is f and f.dim() == 2:  # not f / T; z not by keyword
+        if args and output is f and f.dim() == 2:  # args is () if z was passed by keyword
             return args[0], f
     raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
 
@@ -313,10 +313,10 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
     """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
 
-    From each of k = n_ID clusters of normalised features the places `ends` by score, here two
-    (Section 6.1): the lowest for Eq. (1), the highest for Eq. (3) (`greg_loss` gives both terms all
-    2k). ends=(0,) with s = p_{K+1} is DOS (Jiang et al. 2024). Where a cluster has too few members,
-    random candidates fill in. ValueError: N < len(ends)·k, or a NaN score."""
+    From each of k = n_ID clusters of normalised features, the members at `ends` (0, -1 or both) in
+    order of score; here (Section 6.1) the lowest for Eq. (1) and the highest, for (3); `greg_loss`
+    gives both terms all 2k. ends=(0,), s = `absent` (5): DOS (Jiang et al. 2024). Random candidates
+    stand in for what a small cluster lacks. ValueError: N < len(ends)·k, NaN in s, infinite z."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -340,8 +340,8 @@ def kmeans(
 
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
-    An empty cluster moves to the point farthest from its own centroid. With fewer than k distinct
-    points, or stopped early, some stay empty. ValueError unless x is finite [N,d], 1 <= k <= N."""
+    An empty cluster moves to the point with the largest distance to its nearest centroid. Under k
+    distinct points, or stopped early, some stay empty. ValueError: x infinite; k < 1, > N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -370,10 +370,10 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d] from a sample: at most 16·k points,
-    half uniform, half ∝ squared distance to the mean (Bachem et al. 2018); its first is a seed. For
-    each next, draw 2 + ⌊ln k⌋ points ∝ squared distance to the nearest seed and keep the one that
-    makes the sum of these least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], x centred, square = ‖x‖², from a
+    sample: at most 16·k points, half uniform, half ∝ square (Bachem et al. 2018). Its first is seed
+    one; for each next, draw 2 + ⌊ln k⌋ points ∝ squared distance to the nearest seed and keep the
+    one that makes the sum of these least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # uniform half + far half; 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
@@ -979,7 +979,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics (fractions) and counts. ID is positive; in aupr_out, *_ood_positive OOD is."""
+    """All metrics as fractions, and counts. Positive is ID; OOD in aupr_out, fpr95_ood_positive."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
