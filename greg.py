@@ -314,7 +314,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
 
     From each of k = n_ID clusters of normalised features, the members at `ends` (0, -1 or both) in
-    order of score; here (Section 6.1) the lowest for Eq. (1) and the highest, for (3); `greg_loss`
+    order of score; here (Section 6.1) the lowest for Eq. (1) and the highest for (3); `greg_loss`
     gives both terms all 2k. ends=(0,), s = `absent` (5): DOS (Jiang et al. 2024). Random candidates
     stand in for what a small cluster lacks. ValueError: N < len(ends)·k, NaN in s, infinite z."""
     n = len(ends) * k
