@@ -677,7 +677,7 @@ MISFITS = {  # what a file holds, and words of the sentence about it
     "headless": ({k: v for k, v in STATE.items() if k != "fc.bias"}, "--arch"),
     "renamed": ({k.replace("running_mean", "what"): v for k, v in STATE.items()}, "running_mean"),
     "sorted": ({k.replace("fc", "o"): STATE[k] for k in sorted(STATE)}, "another network"),
-    "swapped": ({k.replace("fc", "o"): STATE[k] for k in KEYS[:6] + KEYS[12:] + KEYS}, f"'s {KEYS[6]}"),
+    "swapped": ({k.replace("fc", "o"): STATE[k] for k in KEYS[:6] + KEYS[12:] + KEYS}, "body.2.w"),
     "twice": ({f"{a}.{k}": v for a in ("ema", "last") for k, v in STATE.items()}, "2 sets"),
     "hostile": ({"state_dict": hostile}, "posix.mkdir", "state dict alone"),
     "html": (b"<!DOCTYPE html>", "no file of torch.save", "<!DOCTYPE"), "empty": (b"", "is empty"),
