@@ -341,7 +341,7 @@ def kmeans(
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
     An empty cluster moves to the point with the largest distance to its nearest centroid. Under k
-    distinct points, or stopped early, some stay empty. ValueError: x infinite; k < 1, > N."""
+    distinct points, or stopped early, some stay empty. ValueError: x not finite; k < 1, > N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -1061,7 +1061,7 @@ STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {  # mean and st
 
 
 def normalise(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """[N,H,W,C] uint8 -> (x / 255 - mean) / std, [N,C,H,W] float32; ValueError if not uint8."""
+    """[N,H,W,C] uint8 -> (x / 255 - mean) / std, [N,C,H,W] float32; ValueError for others."""
     if (x := torch.as_tensor(x)).dtype != torch.uint8 or x.dim() != 4:
         raise ValueError(f"normalise takes uint8 images [N,H,W,C], got {x.dtype} {[*x.shape]}")
     x = x.permute(0, 3, 1, 2).contiguous().float().div_(255)
@@ -1292,7 +1292,7 @@ class Files(torch.utils.data.Dataset):
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The class folders below a folder, sorted, as numbers where all are; ValueError for none."""
+    """The class folders below a folder, sorted, as numbers where all are; ValueError below two."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
     if len(names := [p.name for p in entries if p.is_dir()]) < 2:
         raise ValueError(f"{folder} has no folder of images for each of two classes or more")
@@ -2877,6 +2877,8 @@ def command_table(args: argparse.Namespace) -> None:
     done = {folder: r for folder in runs if (r := read_results(folder))}
     paper_table(args.number, [*done.values()])  # raises for mixed OOD sets; new runs take theirs:
     ood = next((r["config"]["ood"] for r in done.values()), ())
+    if ood and "ood" not in chosen(args):
+        remark(f"OOD sets, as of the finished runs: {' '.join(ood)}")
     runs = {f: replace(runs[f], ood=runs[f].ood or ood) for f in [*done, *runs]}  # done: first
     plans = {f: resolve(c, c.stats or "cifar10") for f, c in runs.items()}  # raises for bad options
     new = {(p.id, p.aux): p for f, p in plans.items() if p.aux and f not in done}
@@ -2933,8 +2935,7 @@ def command_figure(args: argparse.Namespace) -> None:
     draw = {"1": figure_1, "3": figure_3, "scores": figure_scores, "images": figure_images}
     of_runs = args.which in ("3", "scores")
     if of_runs != bool(args.folders):
-        need = "run folders: name them" if of_runs else "no folder"
-        raise ValueError(f"figure {args.which} takes {need}")
+        raise ValueError(f"figure {args.which} takes {'run folders' if of_runs else 'no folder'}")
     if rows := draw[args.which](*([args.folders] if of_runs else []), out):
         lines = [[key, *(f"{row[key]:.3g}" for row in rows.values())] for key in rows[0.0]]
         say(shown(["", *(f"λ_∇S = {v:g}" for v in rows)], lines))
