@@ -1807,16 +1807,16 @@ def test_the_papers_figures_agree_and_a_table_has_ours_beside_them_and_of_what_t
     assert all(of[5][name] == of[2][name][4:] for name in ("POEM", "DOS", "GReg+"))
     total = sum(sum(figures) for rows in of.values() for figures in rows.values())
     assert total == pytest.approx(19977.40, abs=0.005)
-    runs = [fake_result("greg", seed=s, arch="resnet18", x=x) for s, x in ((0, 0.25), (1, 0.75))]
+    runs = [fake_result(lr=1, seed=s, arch="resnet18", x=x) for s, x in ((0, 0.25), (1, 0.75))]
     runs += [fake_result("greg", arch="wrn10_1", sets="ba"), fake_result("greg", id="cifar100")]
-    runs += [fake_result("oe", score="msp", arch="resnet18", n_train=64, epochs=3, init="ce")]
+    runs += [fake_result("oe", score="msp", arch="resnet18", init="ce", margins="auto", m_in=-9)]
     ((header, *rows),) = table_rows(text := greg.paper_table(1, runs))
     cells = {row[0]: row[1:] for row in rows}
     assert header[:2] == ["method", "cifar10 resnet18 mean fpr95"]
     assert cells["GReg"][:2] == ["50.00 ± 35.36 (7.9)", "25.00 ± 17.68 (97.95)"]
     assert cells["Energy loss"][0] == "not run (11.14)"
     assert cells["OE"][0] == "50.00 (1 of 2 seeds) (19.92)"
-    assert "- oe: cifar10, auxiliary none, fine-tuned, epochs 3, n_train 64\n" in text
+    assert "- oe: cifar10, auxiliary none, fine-tuned, margins auto\n" in text
     assert "2 seeds (the paper's Table 1); OOD: a, b\n-" in text and text.count("not run (") == 56
     refuses(lambda: greg.paper_table(1, [*runs, fake_result(ood=["a=d/x"])]), "a, b and a=d/x, b")
     last = [(6, fake_result("ce")), (3, fake_result(id="imagenet:1", arch="densenet121"))]
