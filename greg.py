@@ -526,12 +526,10 @@ def _propagate(net, x, w):
             w = w.new_full(y.shape[1:2], norm)
         elif type(m) in _DIAGONAL:
             w = _linear(m, w.view(1, -1, *[1] * (x.dim() - 2)), torch.abs).flatten()
-        elif type(m) in (nn.AvgPool2d, nn.MaxPool2d):  # a pixel is in so many windows
-            size, stride = _pair(m.kernel_size), _pair(m.stride)
+        elif type(m) in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d):  # windows of a pixel
+            size, stride = (_pair(getattr(m, k, hw)) for k in ("kernel_size", "stride"))  # or all
             windows = math.prod(math.ceil(k / s) for k, s in zip(size, stride, strict=True))
             w = w * math.sqrt(windows / (1 if type(m) is nn.MaxPool2d else math.prod(size)))
-        elif type(m) is nn.AdaptiveAvgPool2d:
-            w = w / math.sqrt(hw.numel())
         elif type(m) is nn.Flatten:
             w = w.repeat_interleave(hw.numel())
         x = y
@@ -1396,22 +1394,22 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
     return check_set(sets[0], size, f"{name}, train,"), check_set(sets[1], size, f"{name}, test,")
 
 
-def unlabelled(name: str, path: str, root: Any, download: bool, size: int, split: str) -> Images:
-    """Images of the built-in or published set `name`, or of `path`: a folder, an .npy, or an .npz:
-    its one uint8 [N,H,W,3], or of several the one named x or *`split`*. ValueError if not one."""
-    if not path and name in SYNTHETIC:
-        return synthetic(name)
-    where = Path(path).expanduser() if path else published(name, root, download)
+def unlabelled(what: Any, root: Any, download: bool, size: int, split: str) -> Images:
+    """Images of a built-in or published set (str), or of a Path: a folder, an .npy, or an .npz: its
+    one uint8 [N,H,W,3], or of several the one named x or *`split`*. ValueError if not one."""
+    if what in SYNTHETIC:
+        return synthetic(what)
+    where = what.expanduser() if isinstance(what, Path) else published(what, root, download)
     if isinstance(where, list):  # SVHN
         x = torch.from_numpy(where[0].data).permute(0, 2, 3, 1).contiguous()
         return Images(x).some(10_000)  # of each set (Section 6.1)
     if where.is_dir():
         files = image_files(where)
-        if not path and len(files) != (count := float(SOURCES[name][3])):
+        if what in SOURCES and len(files) != (count := float(SOURCES[what][3])):
             raise ValueError(f"{where} has {len(files)} images, not {count:.0f}: unpack it again")
-        edge = 2 if name == "lsun_c" and not path else 0  # its images are 36×36: cropped
-        x = Images(Files(files, size + 2 * edge)).some(len(files) if path else 10_000).pixels()
-        return Images(x[:, edge : edge + size, edge : edge + size])
+        edge = 2 if what == "lsun_c" else 0  # its images are 36×36: cropped
+        some = Images(Files(files, size + 2 * edge)).some(10_000 if what in SOURCES else len(files))
+        return Images(some.pixels()[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
     fits = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
     fits = fits if len(fits) == 1 else [k for k in fits if k == "x" or split in k]
@@ -1428,10 +1426,9 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     images of all ImageNet classes but those of imagenet or imagenet:CLASSES, as files."""
     kind, _, names = name.partition(":")
     if kind == "imagenet":
-        return Images(check_set(load_imagenet("aux", Path(root, kind), names, size), size, name).x)
-    path = "" if name in ("synthetic", "random300k") else name
-    images = unlabelled("aux" if name == "synthetic" else name, path, root, download, size, "train")
-    return check_set(images, size, f"--aux {name}")
+        return Images(load_imagenet("aux", Path(root, kind), names, size).x)
+    what = {"synthetic": "aux", "random300k": name}.get(name, Path(name))
+    return check_set(unlabelled(what, root, download, size, "train"), size, f"--aux {name}")
 
 
 def load_ood(specs: list[str], root: Any = "data", download: bool = False, size: int = 32) -> dict:
@@ -1445,7 +1442,7 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
             raise ValueError(f"--ood {item}: the name {name!r} is taken or unfit, or has no path")
         if not path and name not in known:
             raise ValueError(f"no OOD set {name!r}: NAME=PATH, synthetic, {', '.join(known)}")
-        images = unlabelled(name, path, root, download, size, "test")
+        images = unlabelled(Path(path) if path else name, root, download, size, "test")
         sets[name] = check_set(images, size, f"--ood {item}")
     return sets
 
@@ -1472,7 +1469,7 @@ class Method(NamedTuple):
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] = lambda run, x_in, x_aux, g: (x_aux, {})  # and loss's keywords
+    prepare: Callable[..., tuple] | None = None  # (run, x_in, x_aux, g) -> x_aux, loss's keywords
     margins: tuple[float, float] | None = None  # in place of --m-in, --m-aux
 
 
@@ -2023,41 +2020,37 @@ def train_epoch(run: Run) -> None:
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
     (m_in, m_aux), score = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
+
+    def differentiate(x_in, y_in, x_aux, **context):  # the step's TERMS; in the weights: .grad
+        aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
+        # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
+        takes = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
+        fold = c.grad_every * bool(takes)
+        fold /= ranks if c.reduction == "released" else 1  # N of all ranks, not this one's
+        options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
+        run.net.train()
+        with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
+            out = greg_loss(model, x_in, y_in, x_aux, *options)
+        run.optimizer.zero_grad()
+        out.loss.backward()
+        hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
+        s_in, s_aux = out.scores.split([len(x_in), len(x_aux)])
+        shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
+        terms = *out[:3], out.gradient * fold, *shares
+        return torch.stack([v.float() for v in terms]).detach()  # no graph outlives the step
+
+    step = Graphed(differentiate) if c.cuda_graph and not method.prepare else differentiate
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
-    progress = bar(batches(run), what, total=run.steps, initial=run.step)
-    looked, graph = began, None
+    progress, looked = bar(batches(run), what, total=run.steps, initial=run.step), began
     for x_in, y_in, x_aux in progress:  # x_aux: to train on, or to pick from
-        t, g = run.epoch * run.steps + run.step, rng(run.device, c.seed, run.epoch, run.step, rank)
+        g, share = rng(run.device, c.seed, run.epoch, run.step, rank), Fraction(run.step, run.steps)
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
-        x_aux, context = method.prepare(run, x_in, x_aux, g)
-        aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
-        # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
-        fold = c.grad_every * bool(method.gradient and t % c.grad_every == 0)
-        fold /= ranks if c.reduction == "released" else 1  # N of all ranks, not this one's
-        options = c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss  # of greg_loss
-
-        def differentiate(x_in, y_in, x_aux, options=options):  # bound now: a graph calls it later
-            run.net.train()
-            with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-                out = greg_loss(model, x_in, y_in, x_aux, m_in, m_aux, *options)  # Eqs. (1), (3)
-            run.optimizer.zero_grad()
-            out.loss.backward()
-            return GregLoss(*(v.detach() for v in out))  # no graph of autograd outlives the step
-
-        if c.cuda_graph and not context:  # a context is new at each step
-            graph = graph or Graphed(differentiate)  # keeps step 1's options: --grad-every is 1
-        elif c.cuda_graph and not t:
-            remark(f"{c.method} takes plain steps: its loss is given something new at each")
-        out = (graph or differentiate)(x_in, y_in, x_aux)
-        run.optimizer.param_groups[0]["lr"] = learning_rate(c, Fraction(t, c.epochs * run.steps))
+        x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
+        run.sums += average(step(x_in, y_in, x_aux, **context))  # Eqs. (1), (3)
+        run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + share) / c.epochs)
         run.optimizer.step()
-        n, K = len(y_in), len(run.train_set.classes)
-        s_in, s_aux, hit = out.scores[:n], out.scores[n:], out.logits[:n, :K].argmax(1) == y_in
-        shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * fold, *shares  # in the order of TERMS
-        run.sums += average(torch.stack([v.float() for v in terms]))
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
@@ -2326,9 +2319,8 @@ def evaluate(
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
     aux = Path(one_spelling(c.aux))
-    for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if "=" in v):
-        within = path.is_relative_to(aux) or (aux.is_dir() and aux.is_relative_to(path))
-        if c.aux and within:
+    for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if c.aux and "=" in v):
+        if path.is_relative_to(aux) or (aux.is_dir() and aux.is_relative_to(path)):
             raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
@@ -2357,6 +2349,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     m = METHODS[c.method]
     uses = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
     uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}  # option: is it used?
+    uses["cuda_graph"] = not m.prepare  # it makes something new at each step
     idle = [k for names, used in uses.items() for k in names.split() if not used]
     if idle := [k for k in idle if getattr(config, k) != getattr(Config, k)]:
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
@@ -2891,7 +2884,7 @@ def command_table(args: argparse.Namespace) -> None:
                 if (v := getattr(c, f.name)) != f.default:
                     words += ["--" + f.name.replace("_", "-"), *(v if isinstance(v, list) else [v])]
             say(shlex.join(str(word) for word in words if word is not True))
-        elif not args.read or read_results(folder):
+        elif not args.read or folder in done:
             remark(f"run {i} of {len(runs)}: {c.method} {c.arch} seed {c.seed}: {folder}")
             results.append(train(c, folder, args.device))  # a finished run is only compared with c
     if not args.dry_run:
