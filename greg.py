@@ -1454,22 +1454,22 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 class Sampler(NamedTuple):
     """A step's auxiliary images: random, picked from its candidates, or from the epoch's pool."""
 
-    per_id: int = 1  # images for each ID image
-    pick: Callable[..., Tensor] | None = None  # (z, f, k, generator) -> k · per_id indices
+    per_id: int = 1  # images for each ID image; 0: no auxiliary data
+    pick: Callable[..., Tensor] | None = None  # (z, f, k = ID images, rng) -> k · per_id indices
     pool: Callable[..., Tensor] | None = None  # (run, order, n, generator) -> at most n of order
 
 
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # aux_loss of `greg_loss`; energy_loss itself: None there, Eq. (1)
+    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; but energy_loss stands for Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # `score` of `greg_loss`; None: energy in (1), no Eq. (3)
-    score: str = "energy"  # in tests (9): a name of --scores
+    gradient: Score | None = None  # whose ∇ Eq. (3) takes (`score` of `greg_loss`); None: no (3)
+    score: str = "energy"  # that tells ID from OOD in tests (9): a name of --scores
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] | None = None  # (run, x_in, x_aux, g) -> x_aux, loss's keywords
+    prepare: Callable[..., tuple] | None = None  # (run, x_in, x_aux, rng) -> x_aux, loss's context
     margins: tuple[float, float] | None = None  # in place of --m-in, --m-aux
 
 
@@ -1509,7 +1509,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     if "prior" not in run.memory:
         classes = embed_images(run, run.aux_set)[1].argmax(1)
         run.memory["prior"] = torch.bincount(classes, minlength=K) / len(classes)
-    prior = run.memory["prior"].to(x_aux.device)  # alpha, gamma: the authors', of either CIFAR
+    prior = run.memory["prior"].to(x_aux.device)  # below, alpha and gamma as the authors have them
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
@@ -1569,7 +1569,7 @@ class Config:
     schedule: str = option(None, "cosine, or shares of the run after which lr falls (recipe)")
     batch: int = option(None, "ID images a step = clusters k (recipe)")
     wd: float = option(None, "weight decay (recipe)")
-    candidates: int = option(6, "when sampling: least auxiliary candidates for an ID image")
+    candidates: int = option(6, "when sampling: auxiliary candidates for an ID image, at least")
     aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
     n_train: int = option(0, "train (eval: fit scores) on N random ID images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
@@ -1579,7 +1579,7 @@ class Config:
     lambda_grad: float = option(1.0, "weight of Eq. (3), for methods that have it")
     reduction: str = option("paper", "Eq. (3), or Eq. (3) / N", choices=("paper", "released"))
     grad_every: int = option(1, "Eq. (3) in every N-th step only, with N-fold weight")
-    noise: float = option(0.0, "Gaussian noise on training images, in [0,1] pixels")
+    noise: float = option(0.0, "Gaussian noise on training images, in [0,1] (for smoothing)")
     stats: str = option("", "normalisation (start's, ID data's, or cifar10)", choices=("", *STATS))
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
@@ -1618,9 +1618,9 @@ def resolve(c: Config, had: str | None = None) -> Config:
     `had`: the normalisation that the weights had so far; if None, --init's is read."""
     plain = {k: v.item() for k, v in vars(c).items() if hasattr(v, "item")}  # NumPy scalars
     c = with_whole_paths(replace(c, **plain))
-    for f in fields(c):
-        if (value := getattr(c, f.name)) not in (known := f.metadata.get("choices", [value])):
-            raise ValueError(f"no {f.name} {value!r}: one of {', '.join(known)}")
+    for f in (f for f in fields(c) if "choices" in f.metadata):
+        if (value := getattr(c, f.name)) not in f.metadata["choices"]:
+            raise ValueError(f"no {f.name} {value!r}: one of {', '.join(f.metadata['choices'])}")
     method, kind, init = METHODS[c.method], c.id.partition(":")[0], c.init
     if not init and (kind, c.method, c.arch) == ("imagenet", "ce", "densenet121"):
         init = "torchvision"
@@ -1630,15 +1630,16 @@ def resolve(c: Config, had: str | None = None) -> Config:
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # the classes --id leaves out
+    aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # ImageNet: less --id's
     if init and not had:
         had = "imagenet" if init == "torchvision" else stored(init).get("config", {}).get("stats")
     stats = c.stats or had or (kind if kind in STATS else "cifar10")
     c = replace(c, init=init, stats=stats, aux=aux if per_id else "", **fill)
     learning_rate(c, 0)  # raises for a bad --schedule
     positive = "epochs lr batch size candidates grad_every".split()
-    numbers = [f.name for f in fields(Config) if f.type in ("int", "float") and f.name[:2] != "m_"]
-    low = [k for k in numbers if not 1e-12 * (k in positive) <= getattr(c, k) < math.inf]
+    numbers = {f.name: getattr(c, f.name) for f in fields(c) if f.type in ("int", "float")}
+    del numbers["m_in"], numbers["m_aux"]  # which may be negative
+    low = [k for k, v in numbers.items() if not 0 <= v < math.inf or (k in positive and not v)]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
     no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
     own = method.gradient not in (None, energy_score) and not method.margins
@@ -1716,7 +1717,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
     By name, below any prefix or beside other submodules, else by position: code bases name the same
     layers differently but list them in forward order. The last part of a name and the shape must
     agree. ValueError for what does not fit, OSError without the file."""
-    if state and "gamma" not in state:  # a run's, which the caller has read already
+    if state and "gamma" not in state:  # a run's, read by the caller; its end saves gamma too
         remark(f"warning: {path} is not finished: its weights so far are used")
     state = state or read_tensors(path)
     wraps = {*"net state_dict model_state_dict model params weights ema model_ema".split()}
@@ -1726,42 +1727,42 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         {str(k): v for k, v in d.items() if torch.is_tensor(v) and "batches_tracked" not in str(k)}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
-    # Of the file take all, or the top-level parts that we have too, or one: what has our count.
-    top = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
-    choices = {top[k] for k in theirs}, {top[k] for k in ours}, *({top[k]} for k in theirs)
-    fits = {tuple(k for k in theirs if top[k] in parts) for parts in choices}  # without repeats
-    fits = [keys for keys in fits if len(keys) == len(ours)]
-    if len(fits) != 1:
+    # Of the file take all, or the parts that we have too, or one: what has as many tensors as we.
+    part = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
+    wanted = {part[k] for k in theirs}, {part[k] for k in ours}, *({part[k]} for k in theirs)
+    found = {tuple(k for k in theirs if part[k] in parts) for parts in wanted}  # without repeats
+    found = [keys for keys in found if len(keys) == len(ours)]
+    if len(found) != 1:
         keys = [*map(str, theirs or state)] if isinstance(state, dict) else [type(state).__name__]
         has = f"{path} has {len(theirs)} tensors ({', '.join(keys[:3])}, ...)"
-        fit = f"{len(fits)} sets of which fit the network's {len(ours)}"
+        fit = f"{len(found)} sets of which fit the network's {len(ours)}"
         raise ValueError(f"{has}, {fit}: another network (--arch), or two in one file?")
-    pairs = dict(zip(sorted(ours), sorted(fits[0]), strict=True))
-    if not all(its.endswith(own) for own, its in pairs.items()):  # other names: by position
-        pairs = dict(zip(ours, fits[0], strict=True))
-    for own, its in pairs.items():
-        old, new = ours[own], theirs[its]
-        swapped = own in theirs and its != own  # though it is there by name
-        if swapped or its.rpartition(".")[2] != own.rpartition(".")[2] or new.shape != old.shape:
-            shapes = f"{list(new.shape)}, the network's {own} {list(old.shape)}"
-            raise ValueError(f"{path} is of another network or class count: {its} {shapes}")
+    pairs = dict(zip(sorted(ours), sorted(found[0]), strict=True))  # our name -> theirs
+    if not all(their.endswith(our) for our, their in pairs.items()):  # other names: by position
+        pairs = dict(zip(ours, found[0], strict=True))
+    for our, their in pairs.items():
+        old, new = ours[our], theirs[their]
+        displaced = our in theirs and their != our  # our name is there too, for another tensor
+        if displaced or their.rsplit(".")[-1] != our.rsplit(".")[-1] or new.shape != old.shape:
+            shapes = f"{list(new.shape)}, the network's {our} {list(old.shape)}"
+            raise ValueError(f"{path} is of another network or class count: {their} {shapes}")
         if new.is_floating_point() != old.is_floating_point() or not new.isfinite().all():
-            raise ValueError(f"{path} has {new.dtype}, NaN or infinity in {its}: it diverged?")
-    net.load_state_dict({own: theirs[its] for own, its in pairs.items()}, strict=False)  # counters
+            raise ValueError(f"{path} has {new.dtype}, NaN or infinity in {their}: it diverged?")
+    net.load_state_dict({a: theirs[b] for a, b in pairs.items()}, strict=False)  # less counters
     return net
 
 
 def stored(path: str | Path) -> dict[str, Any]:
-    """The checkpoint of a run's folder or file; {} of other files of tensors."""
+    """The checkpoint of a run's folder or file, as `save` wrote it; {} of other tensors."""
     state = read_tensors(Path(path).expanduser())  # it finds the checkpoint of a folder
     return state if isinstance(state, dict) and {"config", "net", "classes"} <= {*state} else {}
 
 
-def saved_config(saved: dict[str, Any], run: bool = True) -> Config:
-    """A run's configuration, to `run` or just to show; options it lacks have their defaults."""
+def saved_config(saved: dict[str, Any], to_run: bool = True) -> Config:
+    """A run's configuration, `to_run` or just to show; options it lacks have their defaults."""
     known = {f.name: saved[f.name] for f in fields(Config) if f.name in saved}
     for key, table in ("arch", ARCHS), ("method", METHODS), ("stats", STATS):
-        if run and known.get(key) not in table:
+        if to_run and known.get(key) not in table:
             raise ValueError(f"no {key} {known.get(key)!r} here, which the run was made with")
     return Config(**known)
 
@@ -1771,7 +1772,7 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
     free, differ = {*FREE, *(("m_in", "m_aux") if c.margins else ())}, []
     for key, old in asdict(saved_config(saved)).items():
         new = getattr(c, key)
-        if key in free or old == new:  # 1 is 1.0
+        if key in free or old == new:  # numbers too: 1 == 1.0
             continue
         gone = os.path.isabs(str(old)) and not os.path.exists(old)
         if gone and Path(old).name == Path(new).name:
@@ -1793,11 +1794,11 @@ def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, wher
 
 @contextlib.contextmanager
 def interrupts(run: Run) -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; then Ctrl-C stops at once."""
+    """SIGTERM, SIGHUP and Ctrl-C let the step end, save and stop; a second Ctrl-C stops at once."""
 
     def stop(number: int, frame: object) -> None:
         run.stopped_by = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # not SIGTERM: it may come twice
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # SIGTERM often comes twice
 
     with contextlib.ExitStack() as before:
         for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
@@ -1830,7 +1831,7 @@ def alone(folder: Path) -> Iterator[None]:
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
     """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
     K, outputs = len(classes), len(classes) + METHODS[c.method].extra_class
-    torch.default_generator.manual_seed(c.seed % 2**63)  # a GPU's stays too
+    torch.default_generator.manual_seed(c.seed % 2**63)  # the CPU's alone
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
         raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs + bias")
@@ -1849,7 +1850,7 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
 def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None) -> int:
     """How many of x at once: what a CPU's cache holds, or enough to keep a GPU busy."""
     cpu = (device or x.device).type == "cpu"
-    return max(1, 32 * 32 * 32 * 3 // math.prod(x.shape[1:])) if cpu else gpu
+    return max(1, 32 * (32 * 32 * 3) // math.prod(x.shape[1:])) if cpu else gpu
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
@@ -1868,7 +1869,7 @@ def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
 
 
 def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Features and logits of images i (all), without augmentation, in the CPU's memory."""
+    """Features and logits of images i (None: all), not augmented, in the CPU's memory."""
     i = torch.arange(len(images.x)) if i is None else i
     inputs = (to_input(run, images.pixels(part)) for part in bar(i.split(512), "embed"))
     pairs = [[v.cpu() for v in embed(run.net, x, run.config.amp)] for x in inputs]
@@ -1913,9 +1914,9 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
         raise ValueError(f"{has} give no equal shares of {c.batch}, {need} (--batch, --candidates)")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
-    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # no --init then
+    begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # then no --init
     size, held = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
-    some = [x[:: len(x) // 16 or 1].tolist() for x in held]  # some 16 images of a set in memory
+    some = [x[:: len(x) // 16 or 1].tolist() for x in held]  # 16 images or more of each in memory
     marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
     marks |= {"n_aux": len(aux.x) if aux else 0, "classes": [*ids.classes], "size": size}
     net = build(replace(c, init="") if begun else c, ids.classes, size).to(device)
@@ -1978,19 +1979,19 @@ def _leave_signals(worker):
 
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x_in, y_in, x_aux (before `pick`) of each step that the epoch still has, for this process: a
-    function of (seed, epoch, step, rank, ranks) and a pool, whatever workers and stops. Process r
-    takes, of ID and auxiliary images, part t · ranks + r of the epoch's steps · ranks parts."""
+    """x_in, y_in, x_aux (or the candidates for it) of each step that the epoch still has: functions
+    of seed, epoch, step, rank, ranks and a pool, whatever workers and stops. Of the steps · ranks
+    parts of each order of images, process r takes at step t part t · ranks + r."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
-    parts = range(run.step * ranks + rank, m := run.steps * ranks, ranks)  # of m: this process's
+    parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n):  # `parts` of the m into which `order`, cycled to length n, falls
+    def cut(order, n, m=run.steps * ranks):  # of `order`, cycled to length n, in m parts: `parts`
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):  # lots: batches as lists of (index, seed of its crop)
+        if isinstance(images.x, Files):  # a worker is given a batch as [(index, crop's seed), ...]
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
             stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
@@ -2021,17 +2022,17 @@ def train_epoch(run: Run) -> None:
     (m_in, m_aux), score = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
     model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
 
-    def differentiate(x_in, y_in, x_aux, **context):  # the step's TERMS; in the weights: .grad
+    def differentiate(x_in, y_in, x_aux, **context):  # -> the step's TERMS; sets weights' .grad
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
-        takes = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
-        fold = c.grad_every * bool(takes)
+        on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
+        fold = c.grad_every if on else 0  # 0: no Eq. (3)
         fold /= ranks if c.reduction == "released" else 1  # N of all ranks, not this one's
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
             out = greg_loss(model, x_in, y_in, x_aux, *options)
-        run.optimizer.zero_grad()
+        run.optimizer.zero_grad()  # here: a graph keeps the .grad that it made
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
         s_in, s_aux = out.scores.split([len(x_in), len(x_aux)])
@@ -2048,13 +2049,13 @@ def train_epoch(run: Run) -> None:
             z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
-        run.sums += average(step(x_in, y_in, x_aux, **context))  # Eqs. (1), (3)
+        run.sums += average(step(x_in, y_in, x_aux, **context))  # L_CE, Eqs. (1), (3), backward
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + share) / c.epochs)
         run.optimizer.step()
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks must look, or none
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # it waits for all ranks
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
@@ -2063,13 +2064,13 @@ def train_epoch(run: Run) -> None:
 def look(run: Run, progress: Any) -> dict[str, float]:
     """Check, show and return the mean TERMS of the epoch so far; save if due, stop if asked to."""
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
-    if bad := [k for k in (*TERMS[1:], "loss") if not math.isfinite(means[k])]:  # the sum last
+    if bad := [k for k in (*TERMS[1:], "loss") if not math.isfinite(means[k])]:  # last: their sum
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
         why = "--lr or --lambda-grad is too large, or --stats not the start's"
         raise FloatingPointError(f"the {bad[0]} term is {where}: {why}")
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
-    stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()
+    stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()  # of any rank
     if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
     if stop:  # all processes, though the signal may have met one
@@ -2099,11 +2100,12 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     """Add to `row`, for Figure 3 and warnings, measures of 256 images in eval mode; log it."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
     for kind, images in sets.items():
-        x = to_input(run, (images := images.some(256)).pixels())
+        images = images.some(256)
+        x = to_input(run, images.pixels())
         logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x)), f"probe {kind}")
-        gradient = torch.cat([input_gradients(run.net, part) for part in parts]).mean().item()
-        s[kind] = energy_score(logits)
-        row |= {f"probe_s_{kind}": s[kind].mean().item(), f"probe_gradient_{kind}": gradient}
+        norms, s[kind] = [input_gradients(run.net, v) for v in parts], energy_score(logits)
+        row[f"probe_s_{kind}"] = s[kind].mean().item()
+        row[f"probe_gradient_{kind}"] = torch.cat(norms).mean().item()
         if kind == "in":
             hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y
             row["probe_accuracy"] = hit.float().mean().item()
@@ -2120,23 +2122,24 @@ def log(run: Run, row: dict[str, float]) -> dict[str, float]:
 class FastDoubleBackward(torch.overrides.TorchFunctionMode):
     """`with FastDoubleBackward(): loss = ...` is faster, equal up to rounding: PyTorch's own double
     backward makes many passes for batch norm, convolves with kernels as large as the image, and
-    adds up zeros for ReLU and concatenation. Inside, create_graph=True differentiates at images
-    alone, not at weights; after it, that is a RuntimeError."""
+    adds up zeros for ReLU and concatenation. Inside, create_graph=True gives gradients in images
+    alone, none in weights; after it, create_graph=True is a RuntimeError."""
 
-    over = False
+    over = False  # has the with block ended?
 
     def __exit__(self, *error):
         self.over = True
         return super().__exit__(*error)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # in place of each function
         table = {F.batch_norm: _batch_norm, F.conv2d: _conv2d, torch.cat: _cat, F.relu: _relu}
         rules = table[func](*args, **kwargs or {}) if func in table and args else None
         return _Fast.apply(self, *rules) if rules else func(*args, **kwargs or {})
 
 
 class _Fast(torch.autograd.Function):
-    """forward(*inputs) -> y, *more; backward(∇S now?, ∂y, *inputs[:kept], *more) -> ∂inputs."""
+    """forward(*inputs) is y, *more, and backward(create_graph, g, *inputs[:kept], *more) the
+    gradients in the inputs, g being that in y; with create_graph they are ∇S, else the loss's."""
 
     @staticmethod
     def forward(ctx, mode, kept, forward, backward, *inputs):
@@ -2147,15 +2150,15 @@ class _Fast(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        taking = torch.is_grad_enabled()  # create_graph=True, so this is ∇S; else the loss's own
-        if taking and ctx.mode.over:
+        create_graph = torch.is_grad_enabled()
+        if create_graph and ctx.mode.over:
             raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
-        return None, None, None, None, *ctx.rule(taking, g, *ctx.saved_tensors)
+        return None, None, None, None, *ctx.rule(create_graph, g, *ctx.saved_tensors)
 
 
 def _relu(x, inplace=False):
-    at_x = lambda _, g, y: [torch.ops.aten.threshold_backward(g, y.detach(), 0)]  # noqa: E731
-    return not inplace and (0, lambda x: [x.relu()] * 2, at_x, x)  # y, and y to be saved
+    grad_x = lambda _, g, y: [torch.ops.aten.threshold_backward(g, y.detach(), 0)]  # noqa: E731
+    return None if inplace else (0, lambda x: [x.relu()] * 2, grad_x, x)  # y, and y to be saved
 
 
 def _cat(tensors, dim=0, **other):
@@ -2165,12 +2168,13 @@ def _cat(tensors, dim=0, **other):
 
 
 def _conv2d(x, weight, bias=None, *options, **other):
+    # As nn.Conv2d calls it; weights made of images would need their gradient.
     by_layer = bias is None and not other and [*map(type, options)] == [tuple, tuple, tuple, int]
-    by_layer = by_layer and x.dim() == 4 and not weight.grad_fn  # none made of images
+    by_layer = by_layer and x.dim() == 4 and not weight.grad_fn
 
-    def backward(taking, g, x, weight):
+    def backward(create_graph, g, x, weight):
         stride, padding, dilation, groups = options
-        if not taking:  # else at x alone, by a convolution, whose own derivatives are cheap
+        if not create_graph:  # else in x alone, by a convolution, whose own derivatives are cheap
             more = None, *options[:3], False, (0, 0), groups, (True, True, False)
             return torch.ops.aten.convolution_backward(g, x, weight, *more)[:2]
         sizes = zip(x.shape[2:], g.shape[2:], weight.shape[2:], *options[:3], strict=True)
@@ -2187,37 +2191,37 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
     if not fits or weight.grad_fn or bias.grad_fn or x.shape[1:-2] != weight.shape:  # [N,C,H,W]
         return None
 
-    def backward(taking, *saved):
-        if not taking:
+    def backward(create_graph, *saved):
+        if not create_graph:
             return _batch_norm_backward(*saved)
         rule = FastDoubleBackward, 5, _batch_norm_backward, _batch_norm_twice  # 5: saves all inputs
-        return _Fast.apply(*rule, *saved), None, None  # at x alone
+        return _Fast.apply(*rule, *saved), None, None  # in x alone
 
     return 2, lambda *t: torch.native_batch_norm(*t, m, v, True, **more), backward, x, weight, bias
 
 
-def _batch_norm_backward(g, x, w, mean, r, at_all=True):
+def _batch_norm_backward(g, x, w, mean, r, in_all=True):
     """w r P(g) with P(g) = g - mean(g) - x̂ mean(g x̂), and the sums of g x̂ and of g: one kernel."""
-    options = None, None, mean, r, True, 0.0, (at_all, True, at_all)
+    options = None, None, mean, r, True, 0.0, (in_all, True, in_all)
     return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
 
 
 @torch.autograd.function.once_differentiable
-def _batch_norm_twice(taking, v, g, x, w, mean, r, b, a):
-    """The gradients of w r P(g), itself the gradient at x of y = w x̂ + bias, x̂ = (x - mean(x)) r.
+def _batch_norm_twice(create_graph, v, g, x, w, mean, r, sum_gx, sum_g):
+    """The gradients of w r P(g), itself the gradient in x of y = w x̂ + bias, x̂ = (x - mean(x)) r.
     Let v be the one arriving at w r P(g), and a = mean g, b = mean g x̂, c = mean v x̂, d = mean v,
     q = mean v g - a d - b c over the m entries of a channel. P is symmetric, so that w r P(v)
     arrives at g, m r q at w, and -w r² (c (g - a) + b (v - d) + (q - 2 b c) x̂) at x."""
-    at_g, c, d = _batch_norm_backward(v, x, w, mean, r)
-    m, one, k = x.numel() // len(w), torch.ones_like(r), -w * r * r
-    vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # Σ v g, its x̂ being (g - 0) · 1
-    a, b, c, d, vg = (total / m for total in (a, b, c, d, vg))  # a, b came as sums too
+    grad_g, sum_vx, sum_v = _batch_norm_backward(v, x, w, mean, r)
+    m, one, scale = x.numel() // len(w), torch.ones_like(r), -w * r * r
+    sum_vg = _batch_norm_backward(v, g, w, 0 * one, one, False)[1]  # its x̂ is (g - 0) · 1
+    a, b, c, d, vg = (total / m for total in (sum_g, sum_gx, sum_vx, sum_v, sum_vg))
     q = vg - a * d - b * c
-    slope = (q - 2 * b * c) * r
+    slope = (q - 2 * b * c) * r  # grad_x = scale (shift + c g + b v + slope x)
     shift = -(c * a + b * d + slope * mean)
-    shift, c, b, slope = ((k * t)[:, None, None] for t in (shift, c, b, slope))
-    at_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
-    return at_g, at_x.to(x.dtype), m * r * q, None, None
+    shift, c, b, slope = ((scale * t)[:, None, None] for t in (shift, c, b, slope))
+    grad_x = torch.addcmul(shift, g, c).addcmul_(v, b).addcmul_(x, slope)
+    return grad_g, grad_x.to(x.dtype), m * r * q, None, None
 
 
 class Graphed:
@@ -2249,7 +2253,7 @@ def average(t: Tensor) -> Tensor:
         torch.distributed.all_reduce(t)
         return [t]
 
-    rule = FastDoubleBackward, 0, mean, lambda taking, g: [average(g)]  # no mode: `over` is False
+    rule = FastDoubleBackward, 0, mean, lambda _, g: [average(g)]  # no mode: the class's `over`
     return _Fast.apply(*rule, t) if world()[1] > 1 else t
 
 
@@ -2513,7 +2517,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     differ by seed alone (thus in start, auto margins) share a row; of one seed the last counts."""
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
-        c = saved_config(r["config"], run=False)
+        c = saved_config(r["config"], to_run=False)
         free = ("seed", *FREE, *(("m_in", "m_aux") if c.margins else ()))
         init = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=init, **{k: getattr(Config, k) for k in free})
