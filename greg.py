@@ -1780,7 +1780,8 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
         else:
             differ.append(f"{key} {old} -> {new}")
     if differ:
-        raise ValueError(f"{folder} holds another run ({', '.join(differ)}); choose another folder")
+        what = f"another run ({', '.join(differ)})"
+        raise ValueError(f"{folder} holds {what}: give that one's options, or another folder")
 
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, where: Any) -> None:
@@ -2090,7 +2091,7 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
     save(run)
     how = "" if c.margins or method.loss is not energy_loss else "; --margins auto may help"
     if c.init and (fell := run.rows[0]["probe_accuracy"] - row["probe_accuracy"]) > 0.1:
-        remark(f"warning: accuracy on 256 training images fell by {fell:.1%}{how}")
+        remark(f"warning: accuracy on training images fell by {fell:.1%}{how}")
     if method.gradient and c.lambda_grad and max(row["share_in"], row["share_aux"]) < 0.02:
         s = f"{row['probe_s_in']:.1f} on ID, {row['probe_s_aux']:.1f} on auxiliary images"
         remark(f"warning: the gradient term is off; the mean energy score is {s}{how}")
@@ -2322,10 +2323,11 @@ def evaluate(
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
     """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
-    aux = Path(one_spelling(c.aux))
-    for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if c.aux and "=" in v):
-        if path.is_relative_to(aux) or (aux.is_dir() and aux.is_relative_to(path)):
-            raise ValueError(f"--ood {path} is auxiliary data, which are trained on")
+    imagenet = "imagenet" in (v.partition(":")[0] for v in (c.id, c.aux))
+    used = one_spelling(Path(c.root, "imagenet/train") if imagenet else c.aux)
+    for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if used and "=" in v):
+        if path.is_relative_to(used) or (Path(used).is_dir() and Path(used).is_relative_to(path)):
+            raise ValueError(f"--ood {path}: images of {used} are trained on; give another path")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
@@ -2358,11 +2360,12 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     if idle := [k for k in idle if getattr(config, k) != getattr(Config, k)]:
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
-        train_set, test_set, ood = load_sets(c)
+        train_set, test_set, ood = load_sets(replace(c, n_train=0))  # to be compared whole
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
         with bar(None, "compare the sets", total=1):
             keep_apart("ID", (train_set, test_set), {"--aux": aux} if aux else {})
             keep_apart("auxiliary", (aux,) if aux else (), ood)
+        train_set = train_set.some(c.n_train) if c.n_train else train_set
         run = start(c, folder, device, train_set, aux)
         write_atomically(folder / "config.json", json.dumps(asdict(run.config), indent=1))
         with interrupts(run):
@@ -2600,7 +2603,7 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
         found.setdefault((one_spelling(c["id"]), c["arch"], c["method"]), []).append(r)
         note = f"- {c['method']}: {path_stem(c['id'])}, auxiliary {path_stem(c['aux'] or 'none')}, "
         note += "fine-tuned" if c["init"] else "from scratch"
-        said = {*"method id aux arch seed init".split(), *FREE}
+        said = {*"method id aux arch seed init size".split(), *FREE}
         said |= {"m_in", "m_aux"} if c.get("margins") else set()  # of each seed its own
         more = [f", {k} {v}" for k, v in c.items() if k not in said and v != getattr(Config, k, 0)]
         notes.add(note + "".join(more) + "\n")

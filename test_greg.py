@@ -1857,7 +1857,7 @@ def test_a_cut_down_table_trains_its_runs_and_a_dry_run_tells_which(cli, tmp_pat
     first, err = cli(line)
     assert "run 6 of 6: greg wrn10_1 seed 1: " in err and err.count("ce takes none") == 2
     assert (runs / "table_1.md").read_text() == first.rstrip("\n") + "\n"
-    assert first.count("not run") == 4 and "auxiliary aux," in first
+    assert first.count("not run") == 4 and "auxiliary aux," in first and "size" not in first
     more = line.replace(" --ood rays=rays.npy cells=cells.npy", "{} --seeds 2") + " --dry-run"
     assert "as of the finished" in (v := cli(more.format("")))[1] and v[0].count("/rays.npy") == 9
     assert "other OOD" in cli(more[:-10].format(" --ood cells=cells.npy"), 2)[1]
@@ -2032,7 +2032,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
     mistakes = """
         train --id id.npz --arch wrn10_1 --init ce --aux aux.npy --ood a=TMP/copy.npy | auxiliary;
         table 1 --id id.npz --methods energy greg --grad-every 0 --runs TMP/t | --grad-every;
-        train --id id.npz --arch wrn10_1 --init ce --ood a=rays.npy --aux TMP/x.npy | ID images;
+        train --id id.npz --init ce --n-train 9 --ood a=rays.npy --aux TMP/x.npy | 520 of the 520 ;
         table 1 --id id.npz --aux typo.npy --archs wrn10_1 --seeds 5 --runs TMP/t | typo.npy;
         eval ce --arch resnet18 | --arch resnet18; predict TMP/stopped a | finished;
         train --method ce --id synthetic --cuda-graph | one GPU; figure scores nowhere | nowhere;
@@ -2045,8 +2045,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         certify greg --images -1 | need images; table 2 --margins auto | start; figure 3 | folders;
         eval ce --stats dice | stats; table --runs nowhere | nowhere; table 5 --methods oe | no row;
         eval greg --ood a=aux.npy | trained on; certify TMP/react | energy; eval TMP/w.pt | weigh"""
-    for name, x in ("copy", np.load("aux.npy")), ("x", np.load("id.npz")["x_test"]):
-        np.save(tmp_path / f"{name}.npy", x)
+    shutil.copy("aux.npy", tmp_path / "copy.npy")
+    np.save(tmp_path / "x.npy", np.vstack([np.load("id.npz")[f"x_{p}"] for p in ("train", "test")]))
     state = torch.load(lab / "ce" / "checkpoint.pt", weights_only=True)
     states = {"stopped": {k: v for k, v in state.items() if k not in ("gamma", "score")}}
     states |= {"renamed": state | {"classes": ["zero", *state["classes"][1:]]}}
@@ -2062,9 +2062,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(lab, cli, tmp_path, monkeypatch):
         assert not out and re.fullmatch(f"greg: error: .*{re.escape(message)}.*\n", err), err
     assert not Path("nowhere").exists() and not (tmp_path / "t").exists()  # none was trained
     assert "not finished" in cli(f"eval {tmp_path}/stopped --ood rays=rays.npy")[1]
-    for aux, ood in ("stopped", tmp_path), ("x.npz", tmp_path / "x.npz"):
-        c = greg.Config(aux=str(tmp_path / aux), ood=(f"a={ood}",))
-        refuses(lambda c=c: greg.load_sets(c), "trained on", str(ood))
+    for aux, ood in ("stopped", ""), ("x.npz", "x.npz"), ("imagenet:a", "imagenet/train/b"):
+        c = greg.Config("oe", aux, f"{tmp_path / aux}", root=tmp_path, ood=[f"a={tmp_path / ood}"])
+        refuses(lambda c=c: greg.load_sets(c), "trained on", c.ood[0][2:])
     assert "ce: react" in cli(f"eval {tmp_path}/react --ood rays=rays.npy")[0]
     rows = (KeyboardInterrupt(), 130, "stopped"), (ValueError(), 2, "ValueError (GREG_DEBUG")
     for e, code, text in (*rows, (RuntimeError("a\n  b" + "c" * 999), 2, "shows where): a bccc")):
