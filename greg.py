@@ -391,13 +391,13 @@ def _seeds(x, square, k, generator):
 # 4  Certificates (Section 5, Eq. (4))
 # Needs: Net, Residual, Concat, Normalize (1), energy_score, _logits (2), and SciPy for smoothing.
 
-# Eq. (4) wants L_S: for all x `lipschitz_global`, on a ball `lipschitz_local`, where the network is
-# linear `linear_region` with `id_radius`, `ood_radius`. `certify` takes them all.
-# "Sound" is a statement on the network in real arithmetic with the stored weights, in eval mode,
-# in the units of its input. Norms go up by 1e-9, radii of `certify` and smoothing down, boxes up by
-# 1e-14: enough for float64's rounding unless sums cancel, not for a network run in float32.
+# Eq. (4) wants L_S: `lipschitz_global` gives it for all x, `lipschitz_local` for a ball. Where the
+# network is linear, `linear_region` with `id_radius`, `ood_radius` does better. `certify`: all.
+# "Sound": true of the network in real arithmetic with the stored weights, in eval mode, in the
+# units of its input. Against float64's rounding norms go up by 1e-9, radii of `certify` and the
+# shares of smoothing down, boxes up by 1e-14: enough unless sums cancel, not for a float32 network.
 _UP, _DOWN = 1 + 1e-9, 1 - 1e-9
-Region = namedtuple("Region", "z A eps_hat")
+Region = namedtuple("Region", "z A eps_hat")  # of `linear_region`
 # Inputs x' found, their scores [N], whether the decision flipped, ‖x' - x‖ (inf if it did not).
 Attack = namedtuple("Attack", "x s flipped distance")
 
@@ -417,7 +417,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     return radius
 
 
-# ---- Layers that have a rule: types, and the value each option must have (alone or as a pair).
+# ---- Layers with a rule (max pools: only for all x): types, and the value each option must have.
 _DIAGONAL, _pair = (nn.BatchNorm2d, Normalize), nn.modules.utils._pair
 _KNOWN = *_DIAGONAL, nn.Conv2d, nn.Linear, nn.ReLU, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten
 _KNOWN += nn.Identity, nn.Dropout, nn.Sequential, Net, Residual, Concat
@@ -432,7 +432,7 @@ def _demand(m, known):
 
 
 def _exact(net, x, *also):
-    """A float64 copy of `net`, tried on x, if its layers all have a rule or are of `also`."""
+    """A float64 copy of `net`, if its layers all have a rule or are of `also`, in eval mode."""
     for m in net.modules():  # exact types: a subclass, a hook, another forward may compute anything
         _demand(m, type(m) in (*_KNOWN, *also))
         _demand(m, all(getattr(m, k, v) in (v, (v, v)) for k, v in _OPTIONS.items()))
@@ -456,30 +456,30 @@ def _layers(m):
     return [m] if parts is None else [v for part in parts for v in _layers(part)]
 
 
-def _linear(m, x, of):
-    """The linear part of(W) x of an affine layer W x + b: the identity, modulus or square of W."""
+def _linear(m, x, entries):
+    """An affine layer W x + b on x, without b and with entries(W) for W: W itself, |W| or W²."""
     if type(m) is nn.Conv2d:
-        return F.conv2d(x, of(m.weight), None, m.stride, m.padding)
+        return F.conv2d(x, entries(m.weight), None, m.stride, m.padding)
     if type(m) is nn.Linear:
-        return F.linear(x, of(m.weight))
+        return F.linear(x, entries(m.weight))
     if type(m) is nn.BatchNorm2d:
-        return x * of(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
+        return x * entries(m.weight * (m.running_var + m.eps).rsqrt()).view(-1, 1, 1)
     if type(m) is Normalize:
         _demand(m, m(x).shape == x.shape)  # nothing is broadcast
-        return x * of(1 / m.std)
+        return x * entries(1 / m.std)
     return m(x)  # pools, Flatten, ...: |W| = W; only `lipschitz_local` squares, and no pools
 
 
-def _carry(net, c, r, relu, of, tiny=0.0):  # r: derivatives of c (region) or radii around c (local)
-    """Affine layers: W c + b and of(W) r, r first wider by tiny (|c| + r); ReLUs: relu(c, r)."""
+def _carry(net, c, r, relu, entries, tiny=0.0):  # r: derivatives of c (region) or its radii (local)
+    """Affine layers: W c + b and entries(W) (r + tiny (|c| + r)); ReLUs: relu(c, r)."""
     for m in _layers(net):
         if type(m) is nn.ReLU:
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
-            a, b = (_carry(v, c, r, relu, of, tiny) for v in (m.shortcut, m.body))  # (c, r) of each
-            c, r = map(torch.add if type(m) is Residual else lambda *v: torch.cat(v, 1), a, b)
-        else:
-            c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), of)
+            join = torch.add if type(m) is Residual else lambda *both: torch.cat(both, 1)
+            c, r = map(join, *(_carry(v, c, r, relu, entries, tiny) for v in (m.shortcut, m.body)))
+        else:  # detached: to autograd, r stays entries(W) r
+            c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), entries)
     return c, r
 
 
@@ -488,14 +488,14 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
     """An upper bound on the spectral norm of a zero-padded convolution of hw images, sound.
 
     It is a part of the circular one on a torus of sides s m >= hw + 2 padding, whose norm is no
-    smaller; that is block-diagonal in Fourier space (Sedghi et al. 2019): block b < m holds the
-    frequencies b + a m, a < s. hw, stride, ...: numbers or pairs. ValueError for bad weights."""
+    smaller. In Fourier space (Sedghi et al. 2019) that has m blocks: frequency b of the output is,
+    by stride s, the mean of k̂ x̂ over frequencies b + a m, a < s. ValueError for bad weights."""
     if weight.dim() != 4 or len(weight) % groups or not weight.isfinite().all():
         raise ValueError(f"need a finite weight [c_out,c_in/groups,k,k], got {list(weight.shape)}")
     w, sizes = weight.detach().cpu().double(), []
     axes = w.shape[2:], *map(_pair, (hw, stride, padding, dilation))
     for k, n, s, p, d in zip(*axes, strict=True):
-        n = s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)  # 1×1: all frequencies are alike
+        n = s if k == 1 else max(n + 2 * p, d * (k - 1) + 1)  # 1×1: k̂ is constant, one b will do
         sizes += [s, math.ceil(n / s)]  # a side s m >= n: s frequencies alias at each of m
     (s1, m1, s2, m2), (d1, d2), (k1, k2) = sizes, _pair(dilation), w.shape[2:]
     torus = w.new_zeros(*w.shape[:2], s1 * m1, s2 * m2)
@@ -506,18 +506,18 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """w' [C]: if x = diag(w) g, g 1-Lipschitz, then net(x) = diag(w') g' + const, g' 1-Lipschitz.
+    """w' [C]: for x = diag(w) g + const, g 1-Lipschitz, net(x) = diag(w') g' + const, g' likewise.
 
-    x: any input, for its shapes. ReLU leaves w. Branches diag(v) g and diag(w) h are joined after
-    scaling, diag(t v) g/t and diag(u w) h/u, as (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1."""
+    x: any input, for its shapes. Pools of n: mean² <= Σ x² / n, max² <= Σ x². Branches: diag(v) g
+    is diag(t v) g/t, diag(w) h is diag(u w) h/u, (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1."""
     for m in _layers(net):
         y, hw = m(x), x.shape[2:]
         if type(m) in (Residual, Concat):
             _demand(m, type(m) is Concat or m.shortcut(x).shape == m.body(x).shape)
             v, w = _propagate(m.shortcut, x, w), _propagate(m.body, x, w)
-            ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)
-            v, w = v * (1 + ratio).sqrt(), w * (1 + 1 / ratio).sqrt()  # t v, u w: any ratio > 0
-            w = v.hypot(w) if type(m) is Residual else torch.cat([v, w])
+            ratio = (w.norm() / v.norm()).nan_to_num(1.0).clamp(1e-6, 1e6)  # any > 0 is sound
+            t, u = (1 + ratio).sqrt(), (1 + 1 / ratio).sqrt()
+            w = (v * t).hypot(w * u) if type(m) is Residual else torch.cat([v * t, w * u])
         elif type(m) is nn.Linear:
             _demand(m, x.dim() == 2)
             w = w.new_full(y.shape[1:], conv_norm((m.weight * w)[..., None, None], 1))
@@ -526,8 +526,8 @@ def _propagate(net, x, w):
             w = w.new_full(y.shape[1:2], norm)
         elif type(m) in _DIAGONAL:
             w = _linear(m, w.view(1, -1, *[1] * (x.dim() - 2)), torch.abs).flatten()
-        elif type(m) in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d):  # windows of a pixel
-            size, stride = (_pair(getattr(m, k, hw)) for k in ("kernel_size", "stride"))  # or all
+        elif type(m) in (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d):  # the last: all of hw
+            size, stride = (_pair(getattr(m, k, hw)) for k in ("kernel_size", "stride"))
             windows = math.prod(math.ceil(k / s) for k, s in zip(size, stride, strict=True))
             w = w * math.sqrt(windows / (1 if type(m) is nn.MaxPool2d else math.prod(size)))
         elif type(m) is nn.Flatten:
@@ -540,13 +540,13 @@ def _propagate(net, x, w):
 def lipschitz_global(net: nn.Module, shape: Sequence[int]) -> float:
     """An upper bound on the Lipschitz constant of S on inputs of shape (C,H,W) or (D,), sound.
 
-    As ∂S/∂h = -Wᵀp, p = softmax(f), the last layer counts max_i ‖W_i‖, not ‖W‖₂. Vacuous for deep
-    networks. NotImplementedError, as in all of these, if a layer has no rule."""
+    As -∂S/∂h = Wᵀp, p = softmax(f), the last layer counts its longest row, not ‖W‖₂. Vacuous for
+    deep networks. NotImplementedError, as in all of these, if a layer has no rule."""
     x = next(net.parameters(), torch.zeros(())).new_zeros(1, *shape, dtype=torch.float64)
     layers = _layers(_exact(net, x, nn.MaxPool2d))
-    last = layers.pop().weight if layers and type(layers[-1]) is nn.Linear else None
+    last = layers.pop() if layers and type(layers[-1]) is nn.Linear else None
     w = _propagate(nn.Sequential(*layers), x, x.new_ones(shape[0]))
-    return (w if last is None else (last * w).norm(dim=1)).max().item() * _UP
+    return (w if last is None else (last.weight * w).norm(dim=1)).max().item() * _UP
 
 
 # ---- Inside the linear region, where f(x + u) = z + A u and S(x + u) = -LSE(z + A u) is concave.
@@ -561,7 +561,7 @@ def linear_region(net: nn.Module, x: Tensor) -> Region:
         raise ValueError(f"the linear region is that of one input, got {len(x)}")
     net, ratios = _exact(net, x), [math.inf]
 
-    def relu(a, g):  # where g_j = 0, a_j is constant on the cell and no boundary
+    def relu(a, g):  # a [1,...], g [D,...]; where g_j = 0, a_j is constant here and no boundary
         size = g.norm(dim=0)
         ratios.append(torch.where(size > 0, a[0].abs() / size, math.inf).min().item())
         return a.relu(), g * (a > 0)
@@ -586,28 +586,28 @@ def id_radius(z: Tensor, A: Tensor, gamma: float) -> float:
 
 
 def ood_radius(z: Tensor, A: Tensor, gamma: float) -> float:
-    """A radius within which -LSE(z + A u) >= γ, 0 if u = 0 is not OOD; to cap by ε̂. Sound.
+    """A radius within which -LSE(z + A u) >= γ, to cap by ε̂; 0 if u = 0 is not OOD. Sound.
 
-    Not |γ - S| / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
-    The larger of two roots r, of LSE(z_i + r ‖A_i‖) = -γ and of S - r ‖∇S‖ - R² r² / 8 = γ, where
-    R = max ‖A_i - A_j‖ (Hoeffding's lemma on LSE(z + v) - LSE(z) = log E_p e^v, p = softmax(z))."""
+    Not (S - γ) / ‖∇S‖: for A = [[3], [-3]], z = 0 the gradient vanishes, yet S falls on both sides.
+    The larger r of two: of LSE(z_i + r ‖A_i‖) = -γ, as |A_i u| <= r ‖A_i‖; of r ‖∇S‖ + R² r² / 8 =
+    S - γ, as log E_p e^v <= E_p v + (max v - min v)² / 8 (Hoeffding), p = softmax(z), v = A u."""
     z, A, m, slope = _tangent(z, A, gamma)
     if m <= 0:
         return 0.0
-    R = torch.pdist(A).max().item() if len(A) > 1 else 0.0
+    R = torch.pdist(A).max().item() if len(A) > 1 else 0.0  # max v - min v <= R r
     a = A.norm(dim=1)
-    low, high = 0.0, ((-gamma - z) / a).min().item()  # high: where one term of LSE alone is -γ
+    low, high = 0.0, ((-gamma - z) / a).min().item()  # high: one term of LSE alone reaches -γ
     for _ in range(70):
         r = (low + high) / 2
         low, high = (r, high) if torch.logsumexp(z + r * a, 0) <= -gamma else (low, r)
     half = (slope + math.sqrt(slope * slope + R * R * m / 2)) / 2
-    return max(low, m / half) if half else math.inf  # R² r² / 8 + slope r = m at r = m / half
+    return max(low, m / half) if half else math.inf  # r = m / half: the root, uncancelled
 
 
 # ---- Local: |S(x + u) - S(x)| <= L ‖u‖ for ‖u‖ <= ε, by intervals of centres c and radii r: affine
 # layers give Wc + b and |W|r, and autograd, back through these, Wᵀ g_c and |W|ᵀ g_r.
 class _Gate(torch.autograd.Function):
-    """ReLU of c ± r; backward, its cotangents g_c ± g_r = [a, b] times its slopes [min, max]."""
+    """ReLU of the box c ± r. Backward, no derivative: all slopes times all gradients g_c ± g_r."""
 
     @staticmethod
     def forward(ctx, c, r):
@@ -617,7 +617,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_c, g_r):
-        a, b = g_c - g_r, g_c + g_r
+        a, b = g_c - g_r, g_c + g_r  # each end times its worse slope
         a, b = torch.minimum(a * ctx.min, a * ctx.max), torch.maximum(b * ctx.min, b * ctx.max)
         return (a + b) / 2, (b - a) / 2
 
@@ -634,30 +634,30 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
     if not (eps >= 0).all():
         raise ValueError("eps must be >= 0")
-    r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; a leaf: autograd gives g_r
-    c, squares, inputs = x, torch.ones_like(x), (x, r)  # squares: ‖row‖² of the map so far
+    r = (1e-14 * x.detach().abs()).requires_grad_()  # of rounding; eps joins behind the first W
+    c, squares, leaves = x, torch.ones_like(x), (x, r)  # squares: ‖row of M‖², c = M x + const
     while layers and type(layers[0]) in (*_DIAGONAL, nn.Flatten, nn.Conv2d, nn.Linear):
-        m = layers.pop(0)  # to the first W: the ball's box is c ± eps ‖row of W‖, c ± eps √squares
+        m = layers.pop(0)  # a u with ‖u‖ <= eps moves entry j of c by at most eps ‖row j of M‖
         c, r, squares = m(c), _linear(m, r, torch.abs), _linear(m, squares, torch.square)
-        if type(m) in (nn.Conv2d, nn.Linear):  # exact here, unsound if carried through a second W
+        if type(m) in (nn.Conv2d, nn.Linear):  # a second W would mix rows of M
             break
     r = r + eps.view([-1] + [1] * (c.dim() - 1)) * squares.sqrt()
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs, 1e-14)
-    z_low, z_high = (c - r).detach(), (c + r).detach()
+    low, high = (c - r).detach(), (c + r).detach()  # of the logits z; rest_i: LSE of the others
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)  # -∂S/∂z_i = σ(z_i - rest_i)
-    rest = [torch.where(own, -math.inf, z[:, None]).logsumexp(2) for z in (z_low, z_high)]
-    low, high = (z_low - rest[1]).sigmoid(), (z_high - rest[0]).sigmoid()  # rest: LSE_{j≠i} z
-    g_c, g_r = torch.autograd.grad((c, r), inputs, ((low + high) / 2, (high - low) / 2))
+    rest = [torch.where(own, -math.inf, z[:, None]).logsumexp(2) for z in (low, high)]
+    low, high = (low - rest[1]).sigmoid(), (high - rest[0]).sigmoid()  # now of -∂S/∂z
+    g_c, g_r = torch.autograd.grad((c, r), leaves, ((low + high) / 2, (high - low) / 2))
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
 
 def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> dict[str, Tensor]:
     """Name of a bound -> sound radii [N] within which S <= γ stays true, or false, of x [N,...].
 
-    "global", "local" (the best of 32 ε) and, if `regions`, "region" (D derivatives an input)."""
+    "global", "local" (best of 32 ε <= 1e3) and, if `regions`, "region" (D derivatives an input)."""
     s = energy_score(_exact(net, x)(x.double())).detach()
-    top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0)).clamp(max=1e3)  # L(ε) >= L(0)
-    sizes = [share * top for share in torch.logspace(-3, 0, 32).tolist()]
+    top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0))  # L(ε) >= L(0): no ε beyond
+    sizes = [share * top.clamp(max=1e3) for share in torch.logspace(-3, 0, 32).tolist()]
     local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in sizes]
     radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:]))}
     radii["local"] = torch.stack(local).amax(0)
@@ -673,7 +673,7 @@ def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> d
 def noisy_scores(score: Score, x: Tensor, sigma: float, n: int, generator: Rng = None) -> Tensor:
     """`score` of images x [N,...] under n draws of N(0, σ²): [N,n]; its medians: the smoothed S."""
     rows = []
-    for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):
+    for draws in torch.arange(n).split(max(1, 1024 // max(1, len(x)))):  # some 1024 images a time
         noise = x.new_empty(len(draws), *x.shape).normal_(generator=generator)
         rows.append(score((x + sigma * noise).flatten(0, 1)).view(len(draws), len(x)))
     return torch.cat(rows).T
@@ -711,7 +711,7 @@ def attack(
 ) -> Attack:  # fmt: skip
     """Projected gradients on S toward the wrong side of γ within eps (ℓ2): the worst x' found.
 
-    Flips are verified: x' counts if it is within eps once rounded. Failure proves nothing. γ = -inf
+    S and ‖x' - x‖ <= eps are those of x' as rounded and clamped. Failure proves nothing. γ = -inf
     lowers S of all x, +inf raises it, with no flips. Start 1 is x, others random; steps fall from
     eps / 2 (starts 1, 3, ...) or 2 eps. clamp=(0, 1): images. ValueError: bad eps, x, γ, S."""
     x, eps = x.clone().detach(), torch.as_tensor(eps, dtype=torch.float64, device=x.device)
@@ -720,7 +720,7 @@ def attack(
     if odd or any(m.training for m in net.modules()):
         raise ValueError("need 0 <= eps < inf, γ, x within clamp, steps, restarts >= 1, net.eval()")
     limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
-    worst, s_worst, distance = x.clone(), energy_score(_logits(net(x))).detach(), 0 * limit[:, 0]
+    worst, s_worst, distance = x.clone(), energy_score(_logits(net(x))).detach(), 0.0 * limit[:, 0]
     if s_worst.isnan().any():
         raise ValueError("S(x) is NaN: nothing to attack")
     sign = torch.where(s_worst > gamma, -1.0, 1.0)  # OOD: S down; ID: S up
@@ -760,8 +760,8 @@ def odin(
     net: nn.Module, x: Tensor, T=1000.0, eps=0.0014, std=(1.0,), K: int | None = None
 ) -> Tensor:
     """ODIN (Liang et al. 2018): x [N,C,H,W] normalised -> [N], in eval mode. MSP of the first K
-    logits (default: all) at temperature T, of x moved by eps in [0,1] pixels (so eps / std in units
-    of x), in the direction that raises the predicted class's probability."""
+    logits (default: all) at temperature T, of x moved by eps on the scale of [0,1] pixels (eps /
+    std in units of x), so that the predicted class's probability rises."""
     with eval_mode(net), torch.inference_mode(False):  # with gradients, whatever the caller's mode
         x = x.clone().detach().requires_grad_()
         f = _logits(net(x))[:, :K] / T
@@ -775,7 +775,7 @@ def odin(
 def percentile(v: Tensor, p: float) -> Tensor:
     """NumPy's (linear) percentile p of all entries, in float64; torch.quantile takes 16 M only."""
     v, position = v.flatten(), p / 100 * (v.numel() - 1)
-    low = math.floor(position)
+    low = math.floor(position)  # `kthvalue` counts from 1
     a, b = (v.kthvalue(min(i, v.numel())).values.double() for i in (low + 1, low + 2))
     return a + (position - low) * (b - a)
 
@@ -795,13 +795,13 @@ def line_masks(z_class: Tensor, W: Tensor, p_a: float, p_w: float) -> Callable[[
     Shapley values E[h_j ∂f_c/∂h_j | y = c] are V = W ⊙ z_class. Class c keeps weight (i, j) if
     V_cj is above the p_a-th percentile of V_c, and |V_cj| W_ij above its p_w-th over all i, j."""
     V = W * z_class
-    activation = torch.stack([percentile(v, p_a) for v in V])
-    weight = torch.stack([percentile(v.abs() * W, p_w) for v in V])
-    return lambda c: (V[c].abs() * W > weight[c]) & (V[c] > activation[c])
+    least_a = torch.stack([percentile(v, p_a) for v in V])
+    least_w = torch.stack([percentile(v.abs() * W, p_w) for v in V])
+    return lambda c: (V[c] > least_a[c]) & (V[c].abs() * W > least_w[c])
 
 
 def line(z: Tensor, W: Tensor, b: Tensor, masks: Callable, clip: Tensor | float) -> Tensor:
-    """LINe (Ahn et al. 2023): DICE and ReAct with the predicted class's mask; z [N,d] -> [N]."""
+    """LINe (Ahn et al. 2023): DICE on ReAct, with the mask of ReAct's class; z [N,d] -> [N]."""
     predicted = F.linear(z.to(W.dtype).clamp(max=clip), W, b).argmax(1)
     s = z.new_empty(len(z), dtype=torch.promote_types(W.dtype, torch.float32))
     for c in predicted.unique().tolist():  # one class at a time: no K×K×d tensor is needed
@@ -824,7 +824,7 @@ class PostHoc(NamedTuple):
 
 
 # Keys: ID data, or ID data and network; the paper gives no values. Where a source lacks a network,
-# LINe's DenseNet stands for ResNet-18 and WRN, DICE's and LINe's ResNet-50 for DenseNet-121. On
+# LINe's for DenseNet serve ResNet-18 and WRN, DICE's and LINe's for ResNet-50 DenseNet-121. On
 # DenseNet-BC, ReAct has LINe's clip: most features are near 0, and a percentile clips the rest.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
@@ -877,12 +877,12 @@ SCORES: dict[str, Callable[[nn.Module, Tensor, Tensor, Tensor, Fit], Tensor]] = 
     "absent": lambda net, x, f, z, fit: absent(net.fc(z)),
 }
 POST_HOC_ROWS = tuple(name for name in SCORES if name != "absent")
-NEED_FIT = {"react", "dice", "dice+react", "line"}  # and rows of yours that use `fit`
+NEED_FIT = {"react", "dice", "dice+react", "line"}  # and your rows that use W, clip, ... of fit
 
 
-# ---- Auxiliary losses, in place of Eq. (1): of ID and auxiliary logits and labels -> scalar.
+# ---- Auxiliary losses, in place of Eq. (1): of ID and auxiliary logits, labels, ... -> scalar.
 def oe_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
-    """Outlier Exposure (Hendrycks et al. 2019): KL(uniform ‖ softmax f_aux), in the mean."""
+    """Outlier Exposure (Hendrycks et al. 2019): the mean of KL(uniform ‖ softmax f_aux)."""
     return (f_aux.logsumexp(1) - f_aux.mean(1)).mean() - math.log(f_aux.shape[1])
 
 
@@ -892,7 +892,7 @@ def absent_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor) -> Tensor:
 
 
 def openmix_loss(f_in: Tensor, f_aux: Tensor, y_in: Tensor, lam: Tensor) -> Tensor:
-    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), targets alike."""
+    """OpenMix (Zhu et al. 2023): f_aux = f(lam x_in + (1 - lam) x_aux), targets mixed likewise."""
     return lam * F.cross_entropy(f_aux, y_in) + (1 - lam) * absent_loss(f_in, f_aux, y_in)
 
 
@@ -901,10 +901,10 @@ def balanced_energy_loss(
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
     """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
-    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Z_j = Σ_k p_k share_k, share_k ∝
-    prior_k^gamma: large for classes frequent among them, whose fractions prior [K] has."""
+    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Of p = softmax(f_j), Z_j is Σ_k p_k
+    share_k, share_k ∝ prior_k^gamma; prior [K]: shares of the classes among auxiliary images."""
     share = prior**gamma / (prior**gamma).sum()
-    Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast has that in bfloat16
+    Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast would do that in bfloat16
     weight = F.normalize(Z, p=1.0, dim=0, eps=1e-30)  # Z / Σ Z; not NaN where all underflow to 0
     aux = (weight * F.relu(m_aux + alpha * Z - energy_score(f_aux)).square()).sum()
     return F.relu(energy_score(f_in) - m_in).square().mean() + aux
@@ -916,7 +916,7 @@ def quantile_mining(s: Tensor, n: int, q: float = 0.125) -> Tensor:
     first = int(q * len(s))
     if s.dim() != 1 or not 0 <= first <= first + n <= len(s) or s.isnan().any():
         raise ValueError(f"NTOM needs {first} + {n} scores [N] without NaN, got {list(s.shape)}")
-    return s.argsort(stable=True)[first : first + n].sort().values  # ascending indices
+    return s.argsort(stable=True)[first : first + n].sort().values
 
 
 def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[Tensor, Tensor]:
@@ -990,17 +990,17 @@ def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
 
 # ---- Processes and messages.
 def world() -> tuple[int, int]:
-    """(rank, number of processes): (0, 1) unless torchrun started us."""
+    """(rank, number of processes) once `pick_device` has joined torchrun's; else (0, 1)."""
     on = torch.distributed.is_available() and torch.distributed.is_initialized()
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else (0, 1)
 
 
 def say(text: str, to: Any = None) -> None:
-    """Print, by the first process alone."""
+    """Print, by the first process alone; that the reader has left (a closed pipe) is no error."""
     if world()[0] == 0:
         try:
             print(text.rstrip("\n"), file=to, flush=True)
-        except BrokenPipeError:  # the reader has left; there may be results still to save
+        except BrokenPipeError:  # there may be results still to save
             sys.stdout = open(os.devnull, "w") if to is None else sys.stdout
 
 
@@ -1010,7 +1010,7 @@ def remark(text: object) -> None:
 
 
 def bar(items: Any, what: str, **options: Any) -> Any:
-    """A progress bar around `items`, with the total and the time left, after 0.1 s."""
+    """A progress bar around `items` (None: one step, for `with`), with the time left."""
     from tqdm import tqdm
 
     options |= {"delay": 0.1, "leave": False, "dynamic_ncols": True}
@@ -1019,7 +1019,7 @@ def bar(items: Any, what: str, **options: Any) -> Any:
     def tick():  # the clock goes on in a long step too, until the bar is closed
         while not progress.disable:
             time.sleep(0.5)
-            progress.delay = 0  # else close() would leave the bar standing
+            progress.delay = 0  # else close() takes it for never drawn, and leaves it there
             progress.refresh()
 
     if getattr(sys.stderr, "isatty", bool)():  # a terminal; bool() is False
@@ -1042,7 +1042,7 @@ class Images(NamedTuple):
         return self._replace(x=self.x[i], y=None if self.y is None else self.y[i])
 
     def pixels(self, index: slice | Tensor = slice(None)) -> Tensor:
-        """Of some or all images, uint8 [n,H,W,3]; files by `load_image`, in threads."""
+        """The pixels of the images `index`, uint8 [n,H,W,3]; files by `load_image`, in threads."""
         if not isinstance(x := self.x[index], Files):
             return x
         with ThreadPoolExecutor() as pool:
@@ -1081,15 +1081,15 @@ _ID = tuple(o + s for o in ("", "outlined ") for s in "disc triangle square star
 _OOD = ("crescents", "spirals", "strokes", "rays", "cells", "shards")
 _AUX = ("lobes", "curves", "fields", "waves", "unions")
 SYNTHETIC = {"train": _ID, "test": _ID, "aux": _AUX} | {k: (k,) for k in _OOD}
-_zoom = functools.partial(F.interpolate, size=32, mode="bicubic")
+_to_32 = functools.partial(F.interpolate, size=32, mode="bicubic")
 
 
 def _distance(family, z, draw):
-    """Signed distance, < 0 inside, of complex z [n,32,32] to a shape; draw: see `synthetic`."""
+    """Signed distance, or a function of its sign, < 0 inside, of complex z; draw: `synthetic`'s."""
     r, a, x, y, Z, pi = z.abs(), z.angle(), z.real.abs(), z.imag.abs(), z[:, None], math.pi
     if family.startswith("outlined "):  # inwards from the edge
         return (_distance(family.removeprefix("outlined "), z, draw) + 0.12).abs() - 0.12
-    if family in ("triangle", "square", "star"):  # n tips at radius 1; b: angle from tip to normal
+    if family in ("triangle", "square", "star"):  # n tips at radius 1; b: tip to edge's normal
         n, b = {"triangle": (3, pi / 3), "square": (4, pi / 4), "star": (5, 1.236)}[family]
         return r * ((a % (2 * pi / n) - pi / n).abs() - b).cos() - math.cos(b)
     if family == "cross":
@@ -1097,11 +1097,11 @@ def _distance(family, z, draw):
     if family == "crescents":
         return torch.maximum(r - 0.85, 0.85 - (z + draw(0.35, 0.8)).abs())
     if family == "lobes":  # a superformula: 6 lobes or more, ID has 5 at most
-        m, n = draw(6, 13).floor(), draw(1, 4)
-        waves = torch.stack([(m * a / 4).cos(), (m * a / 4).sin()]) * 2**0.5
-        return r - waves.abs().pow(2 + n * draw(1, 3)).mean(0).pow(-1 / n)
-    if family in ("fields", "curves"):  # f(-z) = -f(z): no zero line is one closed figure
-        f = sum(draw(0, 1) * _zoom(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
+        m, p = draw(6, 13).floor(), draw(1, 4)
+        sides = torch.stack([(m * a / 4).cos(), (m * a / 4).sin()]) * 2**0.5
+        return r - sides.abs().pow(2 + p * draw(1, 3)).mean(0).pow(-1 / p)
+    if family in ("fields", "curves"):  # odd about the image's centre: none is one closed figure
+        f = sum(draw(0, 1) * _to_32(draw(-1, 1, k * k).view(-1, 1, k, k))[:, 0] for k in (4, 9))
         f = f - f.flip(1, 2)
         f = f / f.std((1, 2), keepdim=True) / 5
         return f if family == "fields" else torch.maximum(f.abs() - 0.04, r - draw(0.8, 1.5))
@@ -1109,17 +1109,17 @@ def _distance(family, z, draw):
         rate, turn = draw(2, 9, 3), torch.exp(1j * draw(0, 2 * pi, 3))
         return (((Z * turn).real * rate + draw(0, 2 * pi, 3)).sin() / rate).sum(1)
     if family == "unions":  # of five blobs and bars, on a ring
-        at = draw(0, 0.6, 5) + 0.4 * pi * torch.arange(5)[:, None, None]
-        p = (Z - torch.polar(draw(0.3, 1.1, 5), at)) * torch.exp(1j * draw(0, pi, 5))
+        angle = draw(0, 0.6, 5) + 0.4 * pi * torch.arange(5)[:, None, None]
+        p = (Z - torch.polar(draw(0.3, 1.1, 5), angle)) * torch.exp(1j * draw(0, pi, 5))
         bars = torch.maximum(p.real.abs() - draw(0.2, 0.9, 5), p.imag.abs() - draw(0.05, 0.15, 5))
         return torch.where(draw(0, 1, 5) < 0.5, p.abs() - draw(0.1, 0.5, 5), bars).amin(1)
     if family == "spirals":
         pitch = draw(0.6, 0.9)
         return torch.maximum((((r / pitch - a / (2 * pi)) % 1 - 0.5).abs() - 0.15) * pitch, r - 1)
     if family == "strokes":
-        at, to = torch.complex(draw(-1, 1, 8), draw(-1, 1, 8)).chunk(2, 1)
-        return (Z - at - ((Z - at) / (to - at)).real.clamp(0, 1) * (to - at)).abs().amin(1) - 0.12
-    if family == "cells":
+        a, b = torch.complex(draw(-1, 1, 8), draw(-1, 1, 8)).chunk(2, 1)  # ends of four segments
+        return (Z - a - ((Z - a) / (b - a)).real.clamp(0, 1) * (b - a)).abs().amin(1) - 0.12
+    if family == "cells":  # the walls between them
         d = (Z - torch.complex(draw(-1, 1, 6), draw(-1, 1, 6))).abs().sort(1).values
         return torch.maximum(d[:, 1] - d[:, 0] - 0.12, r - 1)
     if family == "shards":  # three lines; the sign changes across each
@@ -1138,7 +1138,7 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
     g = torch.Generator().manual_seed(seed * len(SYNTHETIC) + list(SYNTHETIC).index(split))
     families, t = SYNTHETIC[split], (torch.arange(32) + 0.5) / 16 - 1
     y, x = torch.randperm(n, generator=g) % len(families), torch.empty(n, 32, 32, 3).byte()
-    for k, family in enumerate(families[:n]):
+    for k, family in enumerate(families[:n]):  # so many are in y
 
         def draw(low, high, *shape, mine=y == k):  # uniform [images of the family, *shape, 1, 1]
             return torch.rand(int(mine.sum()), *shape, 1, 1, generator=g) * (high - low) + low
@@ -1147,14 +1147,14 @@ def synthetic(split: str, n: int | None = None, seed: int = 0) -> Images:
         front = (back + draw(0.25, 0.75, 3)) % 1  # never too like the background
         z = (t + 1j * t[:, None] - at) / torch.polar(size, draw(0, 2 * math.pi))
         inside = (0.5 - 16 * size * _distance(family, z, draw)).clamp(0, 1)  # 16 pixels a unit
-        grain = _zoom(torch.randn(len(z), 6, 8, 8, generator=g) * draw(0, 0.1, 6), mode="bilinear")
+        grain = _to_32(torch.randn(len(z), 6, 8, 8, generator=g) * draw(0, 0.1, 6), mode="bilinear")
         image = torch.lerp(back + grain[:, :3], front + grain[:, 3:], inside[:, None])
         image += torch.randn(image.shape, generator=g) * draw(0, 0.05, 1)
         x[y == k] = (image.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
     return Images(x, y, families) if families is _ID else Images(x)
 
 
-# ---- Files: one function that opens images, one that reads arrays, one that checks a set.
+# ---- Files: images and folders of them, arrays; checks of a set and between sets.
 def open_image(path: str | Path) -> Any:
     """An image file as RGB, as a viewer shows it: upright, on white; ValueError if it is none."""
     from PIL import Image, ImageOps
@@ -1163,10 +1163,10 @@ def open_image(path: str | Path) -> Any:
     with open(path, "rb") as file:
         try:
             image = Image.open(file)
-            image.getexif()  # Pillow keeps what it read; without the bytes exif_transpose need not
-            image.info.pop("exif", None)  # write them anew, which fails for odd tags
+            image.getexif()  # Pillow keeps what it read, so that exif_transpose still turns, and
+            image.info.pop("exif", None)  # without the bytes does not rewrite tags, odd ones too
             image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # more than 8 bits a channel, which Pillow would clip
+            if image.mode[0] in "IF":  # more than 8 bits a channel: convert("RGB") clips
                 low, high = image.convert("I").getextrema()
                 if image.mode == "F" or low < 0 or high > 65535:
                     raise ValueError(f"mode {image.mode} has no known range")
@@ -1176,13 +1176,13 @@ def open_image(path: str | Path) -> Any:
                 image = Image.alpha_composite(white, image.convert("RGBA"))
             return image.convert("RGB")
         except Exception as e:  # Pillow's decoders raise whatever they stumble over
-            why = str(e).partition(" <_io")[0] or repr(e)
+            why = str(e).partition(" <_io")[0] or repr(e)  # without the file object
             raise ValueError(f"{path} is not an image that can be read: {why}") from None
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, its short side resized to s = size (from 128 on: s · 256 / 224), and of
-    it the centre: [1,s,s,3] uint8. Raises as `open_image`."""
+    """An image file, its short side made s = size (from 128 on: s · 256 / 224), then its centre
+    s×s: [1,s,s,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
     image, short = open_image(path), (size if size < 128 else size * 256 // 224)
@@ -1195,15 +1195,15 @@ LITTER = ("__MACOSX", "@eaDir")  # folders that archives and servers add
 
 
 def image_files(folder: str | Path) -> list[str]:
-    """All images below a folder, sorted; what else there is, is counted and named."""
+    """All images below a folder, sorted, but hidden ones; files of other kinds are counted."""
     from PIL import Image
 
     kinds, seen, paths = Image.registered_extensions(), {}, []
-    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # unread by Pillow
+    known = {*Image.OPEN, "MPO"} - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}  # have no decoder
     for at, folders, names in os.walk(folder, onerror=remark, followlinks=True):
-        new = at == seen.setdefault(os.path.realpath(at), at)  # once each: links can go in circles
-        folders[:] = [f for f in sorted(folders) if new and f[0] != "." and f not in LITTER]
-        paths += [str(Path(at, n)) for n in names if new and n[0] != "."]
+        first = seen.setdefault(os.path.realpath(at), at)  # path to it: links can go in circles
+        folders[:] = [f for f in sorted(folders) if at == first and f[0] != "." and f not in LITTER]
+        paths += [str(Path(at, n)) for n in names if at == first and n[0] != "."]
     kept = sorted(p for p in paths if kinds.get(Path(p).suffix.lower()) in known)
     if other := sorted({*paths} - {*kept}):
         remark(f"{folder}: left out {len(other)} files that are no images: {other[0]} …")
@@ -1232,7 +1232,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def check_set(images: Images, size: int, what: str) -> Images:
-    """The set; ValueError naming what is wrong with it."""
+    """The set, its labels int64; ValueError naming what is wrong with it."""
     x, y, classes = images
     if x.dtype != torch.uint8 or tuple(x.shape[1:]) != (size, size, 3) or not len(x):
         raise ValueError(f"{what} must be uint8 [N,{size},{size},3], got {x.dtype} {list(x.shape)}")
@@ -1240,14 +1240,14 @@ def check_set(images: Images, size: int, what: str) -> Images:
         return images
     if y.shape != (len(x),) or y.is_floating_point():
         raise ValueError(f"{what} needs {len(x)} integer labels, got {y.dtype} {list(y.shape)}")
-    K = max(2, len(classes))  # one class alone has no loss
+    K = max(2, len(classes))  # of one class cross-entropy is 0
     if odd := sorted({*y.tolist()} ^ {*range(K)})[:9]:
         raise ValueError(f"{what} needs all labels 0..{K - 1}; missing or beyond: {odd}")
     return images._replace(y=y.long())
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
-    """Remark if sets of `others` have images of `known` too (no files); ValueError over `most`."""
+    """Remark if sets of `others` have images of `known`; ValueError if over `most`. No `Files`."""
     seen = {hash(v.tobytes()) for s in known if torch.is_tensor(s.x) for v in s.x.numpy()}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
@@ -1275,7 +1275,7 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index: Any) -> Any:
         from torchvision import transforms as T
 
-        if not isinstance(index, list):
+        if not isinstance(index, list):  # a slice or a tensor
             return Files(self.files[torch.arange(len(self))[index].tolist()], self.shape[1])
         steps = T.RandomResizedCrop(self.shape[1]), T.RandomHorizontalFlip(), T.PILToTensor()
         crop, crops = T.Compose(steps), []
@@ -1290,7 +1290,7 @@ class Files(torch.utils.data.Dataset):
 
 
 def class_folders(folder: Path) -> list[str]:
-    """The class folders below a folder, sorted, as numbers where all are; ValueError below two."""
+    """Names of the class folders below one, sorted, as numbers if all are; ValueError below two."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
     if len(names := [p.name for p in entries if p.is_dir()]) < 2:
         raise ValueError(f"{folder} has no folder of images for each of two classes or more")
@@ -1307,7 +1307,7 @@ def class_images(folder: Path, names: Sequence[str], size: int, lazy: bool = Fal
     return images if lazy else images._replace(x=images.pixels())
 
 
-# ---- Published sets: name, address, md5, what it becomes below the root, number of images.
+# ---- Published sets: name, address, md5 (or -), what it becomes below the root, images (or 0).
 _DB, _MOS = "https://www.dropbox.com/s/", "http://pages.cs.wisc.edu/~huangrui/imagenet_ood_dataset"
 _VGG, _MIT = "https://www.robots.ox.ac.uk/~vgg/data/dtd/download", "http://data.csail.mit.edu"
 _CAL, _TORCH = "https://people.eecs.berkeley.edu/~hendrycks", "https://download.pytorch.org/models"
@@ -1329,14 +1329,14 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 def published(name: str, root: str | Path, download: bool) -> Any:
     """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. If
-    asked, the first process downloads and checks md5. FileNotFoundError if incomplete."""
+    asked, the first process downloads. A file's md5 is always checked. FileNotFoundError."""
     from torchvision import datasets
 
     rank, ranks = world()
     parts = ["test"] if name == "svhn" else [True, False]  # SVHN's split=, CIFAR's train=
     download = download and rank == 0
     try:
-        if rank > 0:  # until the first process has it
+        if rank > 0:  # until the first process has it and comes to `finally`
             torch.distributed.barrier()
         if name not in SOURCES:
             return [getattr(datasets, name.upper())(str(root), p, download=download) for p in parts]
@@ -1369,7 +1369,7 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
 
 def load_id(name: str, root: Any = "data", download: bool = False, size: int = 32) -> tuple:
     """Training and test `Images`: cifar10, cifar100, synthetic, imagenet[:CLASSES]; an .npz with
-    x_train, y_train, x_test, y_test (its size); or a folder of train|test/CLASS, made size×size."""
+    x_train, y_train, x_test, y_test (at its size); or a folder train|test/CLASS, made size×size."""
     (kind, _, classes), path = str(name).partition(":"), Path(name).expanduser()
     if name == "synthetic":
         return synthetic("train"), synthetic("test")
@@ -1396,7 +1396,7 @@ def load_id(name: str, root: Any = "data", download: bool = False, size: int = 3
 
 def unlabelled(what: Any, root: Any, download: bool, size: int, split: str) -> Images:
     """Images of a built-in or published set (str), or of a Path: a folder, an .npy, or an .npz: its
-    one uint8 [N,H,W,3], or of several the one named x or *`split`*. ValueError if not one."""
+    one uint8 [N,H,W,3], or of several that named x or with `split` in it. ValueError if not one."""
     if what in SYNTHETIC:
         return synthetic(what)
     where = what.expanduser() if isinstance(what, Path) else published(what, root, download)
@@ -1411,8 +1411,8 @@ def unlabelled(what: Any, root: Any, download: bool, size: int, split: str) -> I
         some = Images(Files(files, size + 2 * edge)).some(10_000 if what in SOURCES else len(files))
         return Images(some.pixels()[:, edge : edge + size, edge : edge + size])
     arrays = read_arrays(where)
-    fits = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
-    fits = fits if len(fits) == 1 else [k for k in fits if k == "x" or split in k]
+    uint8 = [k for k, a in arrays.items() if a.dtype == torch.uint8 and a.shape[3:] == (3,)]
+    fits = uint8 if len(uint8) == 1 else [k for k in uint8 if k == "x" or split in k]
     has = ", ".join(f"{k} {str(a.dtype)[6:]} {[*a.shape]}" for k, a in arrays.items()) or "nothing"
     if len(fits) != 1:
         raise ValueError(f"{where} holds {has}: need a uint8 [N,H,W,3], one named x or {split}")
@@ -1427,7 +1427,7 @@ def load_aux(name: str, root: Any = "data", download: bool = False, size: int = 
     kind, _, names = name.partition(":")
     if kind == "imagenet":
         return Images(load_imagenet("aux", Path(root, kind), names, size).x)
-    what = {"synthetic": "aux", "random300k": name}.get(name, Path(name))
+    what = {"synthetic": "aux", "random300k": name}.get(name, Path(name))  # a str names a set
     return check_set(unlabelled(what, root, download, size, "train"), size, f"--aux {name}")
 
 
@@ -2290,7 +2290,7 @@ def evaluate(
     net: Net, train_set: Images, test_set: Images, ood: dict, c: Config, names: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Results (Section 6): ID accuracy; of each score γ, metrics on each OOD set and their mean; of
-    each set the mean ‖∇S‖ of 1,000 images (S of all outputs). And "score/set", "class/set" raw."""
+    each set the mean ‖∇S‖ of 1,000 images. And raw scores and classes, "score/set", "class/set"."""
     K, device, raw, norms = len(test_set.classes), net.fc.weight.device, {}, {}
     fit = Fit(post_hoc(c.id, c.arch, K), STATS[c.stats][1])
 
@@ -2307,7 +2307,7 @@ def evaluate(
         few = parts(images.some(1000), f"‖∇S‖ {key}")
         norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
     accuracy = (raw["class/id"] == test_set.y.cpu()).double().mean().item()
-    if accuracy <= 1 / K + len(test_set.x) ** -0.5:
+    if accuracy <= 1 / K + len(test_set.x) ** -0.5:  # two standard errors, or more
         remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats, or other labels?")
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
@@ -2341,7 +2341,7 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     """Train `config` in `folder`, or go on there; evaluate, save. A finished run is only read."""
     folder, device = Path(folder).expanduser(), torch.device(device)
     done, file = read_results(folder), folder / "checkpoint.pt"
-    had = (done or (stored(file) if file.exists() else {})).get("config", {})  # --init may be gone
+    had = (done or (stored(file) if file.exists() else {})).get("config", {})  # of a run begun here
     c = resolve(replace(config, ood=config.ood or had.get("ood", ())), had.get("stats"))
     if done:
         check_same(c, done["config"], folder)
@@ -2354,10 +2354,10 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     m = METHODS[c.method]
     uses = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
-    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}  # option: is it used?
-    uses["cuda_graph"] = not m.prepare  # it makes something new at each step
-    idle = [k for names, used in uses.items() for k in names.split() if not used]
-    if idle := [k for k in idle if getattr(config, k) != getattr(Config, k)]:
+    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}  # options: used or not
+    uses["cuda_graph"] = not m.prepare  # which makes something new at each step
+    unused = " ".join(names for names, used in uses.items() if not used).split()
+    if idle := [k for k in unused if getattr(config, k) != getattr(Config, k)]:  # yet given
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
         train_set, test_set, ood = load_sets(replace(c, n_train=0))  # to be compared whole
@@ -2402,7 +2402,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             return None
         results = json.loads(path.read_text(encoding="utf-8"))
-        results_table([results])  # it has all that tables need
+        results_table([results])  # only to raise
         return {k: results[k] for k in keys.split()}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged or not greg's ({e}): move it away") from None
@@ -2424,12 +2424,12 @@ def certify_report(
     net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor], epsilons=(0.05, 0.1, 0.25, 0.5),
     sigma=0.1, n=500, alpha=0.001, local=True, gamma: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Clean, attacked and certified FPR95/AUROC under ℓ2 perturbations of OOD inputs, by set and ε.
-    net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. "attacked": by PGD;
-    "certified": the global and, if `local`, local bound (absent without a global rule for a layer,
-    an error without a local one); "smoothed" (n > 0): another detector, medians under noise, each
-    radius with probability 1-alpha; AUROC only at ε = 0. FPR95: at each detector's own threshold
-    on x_in; "id_rejected": the share of x_in that attacks raise over gamma (None: S's own)."""
+    """FPR95 and AUROC, clean and under ℓ2 perturbations of OOD inputs up to ε, by set, ε and kind.
+    net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. Kinds: "attacked": PGD;
+    "certified": by the global and, if `local`, local bound, left out where a layer has no global
+    rule, an error where it has no local one; "smoothed" (n > 0): another detector, medians under
+    noise, each radius with probability 1-alpha, AUROC at ε = 0 alone. FPR95: at a detector's own
+    threshold on x_in. "id_rejected": the share of x_in attacked over gamma (None: S's own)."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
         raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
@@ -2517,7 +2517,7 @@ def mean_std(values: Sequence[float]) -> str:
 
 def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
     """A table for each ID data and choice of OOD sets, a row a method with its options. Runs that
-    differ by seed alone (thus in start, auto margins) share a row; of one seed the last counts."""
+    differ by seed alone (so in start and auto margins) share a row; of one seed the last counts."""
     text, tables = "", {}  # tables[ID data, paths, *sets][method, options][seed]: a row's cells
     for r in results:
         c = saved_config(r["config"], to_run=False)
@@ -2525,7 +2525,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
         init = re.sub(r"seed\d+", "seed", c.init)  # each seed's own pre-training
         alike = replace(c, init=init, **{k: getattr(Config, k) for k in free})
         paths = tuple(sorted(v for v in c.ood if "=" in v))
-        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # mean_std multiplies
+        g_in, *g_out = (v / 100 for v in r["gradient_norm"].values())  # mean_std gives %
         for score, sets in r["metrics"].items():
             name = c.method + ("" if score == r["score"] else f": {score}")
             pairs = ([m["fpr95"], m["auroc"]] for m in sets.values())
@@ -2539,7 +2539,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             others = [vars(o) for n, o in rows if n == name]
             own = {k: v for k, v in vars(c).items() if any(o[k] != v for o in others)}
             label = [name, *(f"{k} {'none' if v == '' else v}" for k, v in own.items())]
-            by_cell = zip(*seeds.values(), strict=True)  # each cell's figures, seed by seed
+            by_cell = zip(*seeds.values(), strict=True)  # seed, cell, figure -> cell, seed, figure
             cells = (" / ".join(map(mean_std, zip(*cell, strict=True))) for cell in by_cell)
             lines.append([", ".join(label), c.arch, path_stem(c.aux or "none"), len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
@@ -2593,8 +2593,8 @@ SEEDS = [0, 1, 2]  # where --seeds names none
 
 def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file=True) -> str:
     """Table `number`: ours, mean ± std over seeds (the paper's); below, what ours was made on."""
-    data = one_spelling(id_data)  # by which runs are found
-    columns = ((data or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
+    given = one_spelling(id_data)  # by which runs are found
+    columns = ((given or c[0], a or c[1], *c[2:]) for a in archs or [""] for c in COLUMNS[number])
     columns = [*dict.fromkeys(columns)]  # without repeats
     rows, notes, sets, found = [], set(), set(), {}
     for r in results:
@@ -2613,9 +2613,9 @@ def paper_table(number: int, results: Sequence[dict], id_data="", archs=(), file
     for label, name, *figures in PAPER[number]:
         method, score = (name, METHODS[name].score) if name in METHODS else ("ce", name)
         paper, row = dict(zip(COLUMNS[number], figures, strict=True)), [label.replace("_", " ")]
-        for *wanted, key, metric in columns:
-            runs, theirs = found.get((*wanted, method), ()), paper.get((*wanted, key, metric))
-            cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)  # Table 6: "ID"
+        for data, arch, key, metric in columns:
+            runs, theirs = found.get((data, arch, method), ()), paper.get((data, arch, key, metric))
+            cells = (r["metrics"].get(score, {}) | {"ID": r} for r in runs)  # for Table 6
             values = [v[key][metric] for v in cells if key in v]
             few = f" ({len(values)} of {most} seeds)" if len(values) < most else ""
             ours = mean_std(values) + few if values else "not run"
@@ -2683,7 +2683,7 @@ def curves(panels: dict[str, dict[str, list[tuple]]], path: Path, x: str, y: str
 
 
 def figure_3(folders: Sequence[Path], path: Path) -> None:
-    """Figure 3: energy loss and ‖∇S‖ on `log`'s images, by epoch, a line a run's checkpoint."""
+    """Figure 3: energy loss, and ‖∇S‖ of ID images, of `log`, by epoch; a line for each run."""
     energy, slope = {}, {}
     for folder in folders:
         if not (rows := [row for row in stored(folder).get("rows", ()) if "probe_energy" in row]):
@@ -2733,7 +2733,7 @@ def train_toy(lambda_grad: float, seed: int = 0, steps: int = 1500) -> nn.Module
     net = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
     for p in net.parameters():
         p.data = (torch.rand(p.shape, generator=g) * 2 - 1) / p.shape[-1] ** 0.5
-    progress = bar(range(steps), f"train with λ_∇S = {lambda_grad:g}")  # next: a slow import
+    progress = bar(range(steps), f"train with λ_∇S = {lambda_grad:g}")  # before a slow import
     optimiser = torch.optim.Adam(net.parameters(), lr=5e-3)
     decay = torch.optim.lr_scheduler.LinearLR(optimiser, 1, 0, steps)
     for _ in progress:
@@ -2766,7 +2766,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
             result[f"‖∇S‖ {side}"] = input_gradients(net, x).mean().item()
             x = x[(x.abs() < 2).all(1)][:points]
             radii = certify(net, x, gamma, True)
-            sizes = torch.logspace(-2, 0.55, 120).repeat_interleave(len(x))  # all in one attack
+            sizes = torch.logspace(-2, 0.55, 120).repeat_interleave(len(x))  # 120 · len(x), at once
             found = attack(net, x.repeat(120, 1), gamma, sizes, generator=g)
             distance = found.distance.view(120, -1).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
@@ -2784,7 +2784,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
     return results
 
 
-# ---- The command line.
+# ---- The command line; the docstring of a command is its help.
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in some minutes a seed"""
     runs, cells, seeds = args.runs / "demo", {}, args.seeds or SEEDS
@@ -2875,14 +2875,14 @@ def command_table(args: argparse.Namespace) -> None:
         return say(results_table(results))
     runs, results = table_runs(args), []
     done = {folder: r for folder in runs if (r := read_results(folder))}
-    paper_table(args.number, [*done.values()])  # raises for mixed OOD sets; new runs take theirs:
-    ood = next((r["config"]["ood"] for r in done.values()), ())
+    paper_table(args.number, [*done.values()])  # only to raise, for mixed OOD sets
+    ood = next((r["config"]["ood"] for r in done.values()), ())  # new runs take these
     if ood and "ood" not in chosen(args):
         remark(f"OOD sets, as of the finished runs: {' '.join(ood)}")
     runs = {f: replace(runs[f], ood=runs[f].ood or ood) for f in [*done, *runs]}  # done: first
     plans = {f: resolve(c, c.stats or "cifar10") for f, c in runs.items()}  # raises for bad options
     new = {(p.id, p.aux): p for f, p in plans.items() if p.aux and f not in done}
-    for p in () if args.read or args.dry_run else new.values():  # raises now, not after hours
+    for p in () if args.read or args.dry_run else new.values():  # only to raise, before hours of ce
         load_aux(p.aux, p.root, p.download, load_id(p.id, p.root, p.download, p.size)[0].x.shape[1])
     for i, (folder, c) in enumerate(runs.items(), 1):
         if args.dry_run:
