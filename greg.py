@@ -2322,7 +2322,7 @@ def evaluate(
 
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
-    """A run's ID training and test images, and OOD sets (default: the paper's, or the built-in)."""
+    """A run's ID training and test images, OOD sets (or the usual); ValueError: trained on."""
     imagenet = "imagenet" in (v.partition(":")[0] for v in (c.id, c.aux))
     used = one_spelling(Path(c.root, "imagenet/train") if imagenet else c.aux)
     for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if used and "=" in v):
