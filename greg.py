@@ -2,9 +2,9 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" means the paper's; this file's parts are 1-9:
-1-6, method, certificates, rivals and metrics, need torch alone (one function: SciPy); 7-9 run them.
-GReg alone is 2, 3, and in 8 `Sampler`, `Method`, rows "greg" and "greg+" of METHODS and RECIPES,
-`batches`, `train_epoch`: read these first. "Needs:" heading 1-6: names used from other parts.
+1-6, method, certificates, rivals and metrics, need torch alone (one function: SciPy) and the names
+of other parts that "Needs:" lists; 7-9 run them. GReg alone is 2, 3, and in 8 `Sampler`, `Method`,
+rows "greg" and "greg+" of METHODS and RECIPES, `batches`, `train_epoch`: read these first.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
@@ -17,7 +17,7 @@ GReg alone is 2, 3, and in 8 `Sampler`, `Method`, rows "greg" and "greg+" of MET
     9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
 
 Notation: S, s the score, LOW MEANS ID everywhere; margins m_in, m_aux; f logits, z = h(x) features
-(in 4: logits); threshold gamma (ID iff s <= gamma); N samples, K classes, d features, k clusters.
+(in 4: logits); ID iff s <= gamma; N images, n ID, m auxiliary; K classes, d features, k clusters.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Concat(Residual):
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std for x [N,C,H,W] in [0,1], as a layer: `certify_run` puts it before a Net."""
+    """(x - mean) / std for x [N,C,H,W] in [0,1], as a layer that can stand before a Net."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -161,7 +161,7 @@ def wrn40_2(K: int) -> Net:
 
 
 def _densenet(layers, c, blocks, growth, K, fan):
-    """DenseNet-BC (Huang et al. 2017): bottlenecks of 4·growth, transitions that halve."""
+    """DenseNet-BC (Huang et al. 2017) from c channels: bottlenecks 4·growth, transitions halve."""
     for b, n in enumerate(blocks):
         if b:
             layers += [*_bn_relu_conv(c, c // 2, 1), nn.AvgPool2d(2)]
@@ -179,7 +179,7 @@ def densenet100(K: int) -> Net:
 
 
 def densenet121(K: int) -> Net:
-    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in its order (for --init)."""
+    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in its order, for --init."""
     stem = [_conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     return _densenet(stem, 64, (6, 12, 24, 16), 32, K, "fan_in")
 
@@ -200,19 +200,19 @@ def energy_score(logits: Tensor) -> Tensor:
 
 def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float = -7.0) -> Tensor:
     """Eq. (1): mean 1[s_in >= m_in] (s_in - m_in)² + mean 1[s_aux <= m_aux] (m_aux - s_aux)² (means
-    over all of s_in [n] and s_aux [m], zeros too) -> scalar. Margins: from the authors' code."""
+    over all of s_in [n] and s_aux [m], zeros too) -> scalar. Margins: from the paper's code."""
     if not all(s.numel() == len(s) > 0 for s in (s_in, s_aux)):
         raise ValueError(f"need ID and auxiliary scores, got {[*s_in.shape]} and {[*s_aux.shape]}")
     return F.relu(s_in - m_in).square().mean() + F.relu(m_aux - s_aux).square().mean()
 
 
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂: scores s [N] or [N,1] of x [N,...] -> [N], differentiable.
+    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂, masks 0 or 1: s [N] or [N,1] of x [N,...] -> [N], with ∇.
 
-    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. In training mode (batch norm)
-    on all of x: mask_j picks the scores, mask_i (0 or 1) the norms. ValueError: gradients off."""
+    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. In training mode batch norm has
+    each s_j depend on all x: norm i is of the sum of all kept s_j. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
-        raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(); or lambda_grad=0")
+        raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(), or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
     if g is None or s.numel() != len(x):
@@ -226,7 +226,7 @@ def gradient_loss(
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
     Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
-    In training mode ∇S is `gradient_norm`'s. reduction="released" (their code): Eq. (3) / N."""
+    In training mode ∇S is `gradient_norm`'s. "released", their code: Eq. (3) / N (N = 128)."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -254,23 +254,23 @@ def greg_loss(
     logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For other methods (Table
     4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1); `score` replaces S (low for ID; m_in, m_aux on
     its scale). ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
-    ValueError: in Eqs. (1), (3) an empty side; in (1) m_in >= m_aux; images of two sizes or dtypes,
-    or integers; a part of `net` compiled or in DDP with static_graph, which lose Eq. (3). Where
-    attention is checkpointed, backward() too has to be under `sdpa_kernel(SDPBackend.MATH)`."""
+    ValueError: no ID images, for Eqs. (1), (3) no auxiliary ones; m_in >= m_aux in (1); images of
+    two sizes or dtypes, or integers; a part of `net` compiled or in DDP with static_graph: (3) is
+    lost. Where attention is checkpointed: backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
-    kinds = [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
-    if kinds[0] != kinds[1] or not x_in.is_floating_point():
-        raise ValueError(f"x_in and x_aux are {' and '.join(kinds)}: normalise both, in one size")
+    n, kinds = len(x_in), [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
+    if not n or kinds[0] != kinds[1] or not x_in.is_floating_point():
+        raise ValueError(f"need ID and auxiliary images, normalised, in one size: {n}, {kinds}")
     for m in net.modules() if lambda_grad else ():
-        # Marks that torch.compile, in three forms, and DDP(static_graph=True) leave on a module.
+        # The marks of torch.compile(m), m.compile(), DDP(static_graph=True); compiled forwards.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
     x = torch.cat([x_in, x_aux]).detach().requires_grad_(bool(lambda_grad))
-    n, f = len(x_in), _logits(net(x.clone()))  # a copy: its first layer may work in place
+    f = _logits(net(x.clone()))  # a copy: net's first layer may work in place
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
-    y_in = y_in if n and y_in.is_floating_point() else y_in.long()  # float: probabilities or []
+    y_in = y_in if y_in.is_floating_point() else y_in.long()  # float: probabilities
     f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
@@ -284,8 +284,8 @@ def greg_loss(
 
 
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """z = h(x) [N,d], f(x) [N,K] of a network that ends in a linear layer: its input, output.
-    ValueError if f is not that very tensor (f / T, say); f changed in place goes unseen."""
+    """z = h(x) [N,d], f(x) [N,K]: input and output of the linear layer that the network ends in.
+    ValueError if f is not that layer's own tensor (f / T, say); f changed in place goes unseen."""
     caught = []  # (layer, inputs by position, output) of each linear layer, before other hooks
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
@@ -305,7 +305,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         yield net.eval()
     finally:
         for m, training in modes:
-            m.train(training)  # its own train(), which may undo its own eval() (LoRA)
+            m.train(training)  # more than a flag where its train() undoes its eval() (LoRA)
         for m, training in modes:  # again: a second parent may have reset a shared child
             m.training = training
 
@@ -314,15 +314,15 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
 
     From each of k = n_ID clusters of normalised features, the members at `ends` (0, -1 or both) in
-    order of score; here (Section 6.1) the lowest for Eq. (1) and the highest for (3); `greg_loss`
-    gives both terms all 2k. ends=(0,), s = `absent` (5): DOS (Jiang et al. 2024). Random candidates
-    stand in for what a small cluster lacks. ValueError: N < len(ends)·k, NaN in s, infinite z."""
+    order of score: the lowest for Eq. (1), the highest for (3); both terms get all 2k, as margins
+    choose. ends=(0,), s = absent(f): DOS (Jiang et al. 2024). Random candidates replace what small
+    clusters lack. Order: random. ValueError: N < len(ends)·k, NaN in s, z not finite."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; by max: no overflow
+    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; max first: ‖z‖² overflows
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
@@ -340,8 +340,8 @@ def kmeans(
 
     The best of `n_init` tries, in float32 or float64; each ends when the squared moves of all its
     centroids sum to at most tol times the mean variance of a feature. Labels: the nearest centroid.
-    An empty cluster moves to the point with the largest distance to its nearest centroid. Under k
-    distinct points, or stopped early, some stay empty. ValueError: x not finite; k < 1, > N."""
+    An empty cluster moves to the point farthest from its nearest centroid. With fewer distinct
+    points than k, or at max_iter, some stay empty. ValueError: x not finite; k < 1, > N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
         got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
@@ -371,10 +371,10 @@ def kmeans(
 
 def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], x centred, square = ‖x‖², from a
-    sample: at most 16·k points, half uniform, half ∝ square (Bachem et al. 2018). Its first is seed
-    one; for each next, draw 2 + ⌊ln k⌋ points ∝ squared distance to the nearest seed and keep the
+    sample: at most 16·k points, drawn ∝ square + its mean (Bachem et al. 2018). The first drawn is
+    seed one; for each next, draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed and keep the
     one that makes the sum of these least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
-    weight = square.mean() + square + 1e-30  # uniform half + far half; 1e-30: if all x are equal
+    weight = square.mean() + square + 1e-30  # 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
     chosen, closest, tries = [sample[0]], distances[0], 2 + int(math.log(k))
@@ -949,8 +949,8 @@ def _vector(s):
 
 
 def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
-    """γ: the ⌈tpr·n⌉-th smallest of s_in, the least with a share tpr at or below it. ValueError
-    unless tpr is in (0, 1] and s_in, as for all metrics, a vector without NaN."""
+    """γ: the ⌈tpr·n⌉-th smallest of s_in, the least score that a share tpr of s_in does not exceed.
+    ValueError unless 0 < tpr <= 1 and, as for all metrics, s_in is a vector without NaN."""
     s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # in floats 0.55 · 100 > 55
     if not 0 < share <= 1:
         raise ValueError(f"tpr must be in (0, 1], got {tpr}")
@@ -958,7 +958,7 @@ def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
 
 
 def fpr_at_tpr(s_in: Tensor, s_out: Tensor, tpr: float = 0.95) -> float:
-    """FPR95 (at this tpr): share of s_out at or below `threshold`: a tie with γ passes for ID."""
+    """The share of s_out at or below the `threshold` for tpr: a tie with γ passes for ID."""
     return (_vector(s_out) <= threshold(s_in, tpr)).double().mean().item()
 
 
@@ -977,7 +977,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics as fractions, and counts. Positive is ID; OOD in aupr_out, fpr95_ood_positive."""
+    """All metrics as fractions, and counts. Positive is ID; in aupr_out, fpr95_ood_positive OOD."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
@@ -1452,24 +1452,24 @@ def load_ood(specs: list[str], root: Any = "data", download: bool = False, size:
 
 
 class Sampler(NamedTuple):
-    """A step's auxiliary images: random, picked from its candidates, or from the epoch's pool."""
+    """A step's auxiliary images: random, picked from its candidates, or out of the epoch's pool."""
 
     per_id: int = 1  # images for each ID image; 0: no auxiliary data
     pick: Callable[..., Tensor] | None = None  # (z, f, k = ID images, rng) -> k · per_id indices
-    pool: Callable[..., Tensor] | None = None  # (run, order, n, generator) -> at most n of order
+    pool: Callable[..., Tensor] | None = None  # (run, order, n, rng) -> at most n of order
 
 
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; but energy_loss stands for Eq. (1)
+    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; but energy_loss only marks Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # whose ∇ Eq. (3) takes (`score` of `greg_loss`); None: no (3)
-    score: str = "energy"  # that tells ID from OOD in tests (9): a name of --scores
+    gradient: Score | None = None  # `score` of `greg_loss`, for Eqs. (1), (3); None: S, and no (3)
+    score: str = "energy"  # that tells ID from OOD in tests (9), not in training: of --scores
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
-    prepare: Callable[..., tuple] | None = None  # (run, x_in, x_aux, rng) -> x_aux, loss's context
+    prepare: Callable[..., tuple] | None = None  # (run, x_in, x_aux, rng) -> x_aux, loss's options
     margins: tuple[float, float] | None = None  # in place of --m-in, --m-aux
 
 
@@ -1513,7 +1513,7 @@ def balance(run: Run, x_in: Tensor, x_aux: Tensor, generator: Rng) -> tuple[Tens
     return x_aux, dict(m_in=c.m_in, m_aux=c.m_aux, prior=prior, alpha=K, gamma=0.5 / K)
 
 
-# k = batch / processes: each process clusters its own candidates.
+# k = --batch / processes: each process clusters its own candidates.
 ENERGY_SAMPLING = Sampler(2, lambda z, f, k, g: energy_sampling(z, energy_score(f), k, g))
 DOS_SAMPLING = Sampler(1, lambda z, f, k, g: energy_sampling(z, absent(f), k, g, ends=(0,)))
 # lambda_s: OE 0.5, its paper; K+1 classes 1, their code; the rest 0.1, Section 6.1. Auxiliary
@@ -1535,9 +1535,9 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# "finetune": Section 6.1, lr and wd the energy authors', batch the paper's code. "greg+": Section
-# 6.1, batch and wd the paper's code. "pretrain": the energy and OE authors' code. "mining": NTOM's,
-# POEM's and DOS's code. "openmix": its code, but there without the Nesterov momentum of `start`.
+# By SGD with Nesterov momentum 0.9. "finetune" (on ImageNet for all but "ce"): Section 6.1, lr and
+# wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
+# "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, no Nesterov.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
     "finetune": {"epochs": 20, "lr": 0.001, "schedule": "cosine", "batch": 64, "wd": 5e-4},
@@ -1567,7 +1567,7 @@ class Config:
     epochs: int = option(None, "passes over the ID data (recipe)")
     lr: float = option(None, "initial learning rate (recipe)")
     schedule: str = option(None, "cosine, or shares of the run after which lr falls (recipe)")
-    batch: int = option(None, "ID images a step = clusters k (recipe)")
+    batch: int = option(None, "ID images a step = clusters k, over all processes (recipe)")
     wd: float = option(None, "weight decay (recipe)")
     candidates: int = option(6, "when sampling: auxiliary candidates for an ID image, at least")
     aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
@@ -1980,14 +1980,14 @@ def _leave_signals(worker):
 
 
 def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x_in, y_in, x_aux (or the candidates for it) of each step that the epoch still has: functions
-    of seed, epoch, step, rank, ranks and a pool, whatever workers and stops. Of the steps · ranks
-    parts of each order of images, process r takes at step t part t · ranks + r."""
+    """x_in, y_in, x_aux (or its candidates) of each step that is left of the epoch: functions of
+    seed, epoch, step, rank, ranks and pool, not of workers or stops. Each order of images is cut
+    into steps · ranks parts: at step t process r takes part t · ranks + r."""
     c, (rank, ranks), sampler = run.config, world(), METHODS[run.config.method].sampler
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n, m=run.steps * ranks):  # of `order`, cycled to length n, in m parts: `parts`
+    def cut(order, n, m=run.steps * ranks):  # n of `order`, cycled, in m parts: those of `parts`
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
@@ -2011,7 +2011,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
         order = run.memory.get("pool", order)
         if sampler.pick:
-            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # Section 6.1
+            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # 6.1; the least is ours
         streams.append(crops("aux", aux, order, n_aux))
     for x_in, y_in, *x_aux in zip(*streams, strict=True):
         yield x_in, y_in, x_aux[0] if aux else x_in[:0]
@@ -2028,35 +2028,35 @@ def train_epoch(run: Run) -> None:
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
         fold = c.grad_every if on else 0  # 0: no Eq. (3)
-        fold /= ranks if c.reduction == "released" else 1  # N of all ranks, not this one's
+        fold /= ranks if c.reduction == "released" else 1  # then / N is over all ranks
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
             out = greg_loss(model, x_in, y_in, x_aux, *options)
-        run.optimizer.zero_grad()  # here: a graph keeps the .grad that it made
+        run.optimizer.zero_grad()  # in here, as a CUDA graph owns the .grad that it makes
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
         s_in, s_aux = out.scores.split([len(x_in), len(x_aux)])
         shares = [v.sum() / max(1, len(v)) for v in (hit, s_in <= m_in, s_aux >= m_aux)]
-        terms = *out[:3], out.gradient * fold, *shares
+        terms = *out[:3], out.gradient * fold, *shares  # in the order of TERMS
         return torch.stack([v.float() for v in terms]).detach()  # no graph outlives the step
 
     step = Graphed(differentiate) if c.cuda_graph and not method.prepare else differentiate
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress, looked = bar(batches(run), what, total=run.steps, initial=run.step), began
     for x_in, y_in, x_aux in progress:  # x_aux: to train on, or to pick from
-        g, share = rng(run.device, c.seed, run.epoch, run.step, rank), Fraction(run.step, run.steps)
+        g, part = rng(run.device, c.seed, run.epoch, run.step, rank), Fraction(run.step, run.steps)
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
         run.sums += average(step(x_in, y_in, x_aux, **context))  # L_CE, Eqs. (1), (3), backward
-        run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + share) / c.epochs)
+        run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + part) / c.epochs)
         run.optimizer.step()
         for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # it waits for all ranks
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # `look` waits for all
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})

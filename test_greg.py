@@ -310,8 +310,8 @@ def test_losses_and_samplers_refuse_in_one_line_what_would_be_wrong_without_a_wo
         ("scores [4]", greg.energy_sampling, (z, s[:4], 1)), ("static_graph", step, (parallel,)),
         ("5 of them NaN", greg.energy_sampling, (z, s * math.nan, 1)),
         ("NTOM|5", greg.quantile_mining, (s, 4, 0.4), (s * math.nan, 1), (z, 1), (s, 1, -0.5)),
-        ("normalise both", greg.greg_loss, (net, *[z.byte()] * 3), *[
-            (net, z, s, v) for v in (z.byte(), z.double(), z[:, 1:])]),
+        ("normalised, in", greg.greg_loss, (net, *[z.byte()] * 3), *[(net, z, s, v) for v in (
+            z.byte(), z.double(), z[:, 1:])], (net, z[:0], s[:0], z, 0, 1, 0, 0, "", len, len)),
         ("float64", greg.poem_posterior, (z, z[0].double()), (z.double(), z[0]))):  # fmt: skip
         for arguments in calls:
             refuses(functools.partial(function, *arguments), *words.split("|"))
