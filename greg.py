@@ -1647,13 +1647,13 @@ def resolve(c: Config, had: str | None = None) -> Config:
     for wrong, text in (
         (low, f"--{' --'.join(low)} too small, or no number".replace("_", "-")),
         (had not in (None, stats), f"--stats {stats}: the run, or its start, has {had}"),
-        (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (method.sampler.pick and c.candidates < per_id, f"--candidates must be at least {per_id}"),
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
+        (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (c.margins and own, f"--margins auto is of the energy score, {c.method} has another"),
         (others, f"--aux {c.aux} has images of --id: omit --aux"),
         (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
-        (no_start, f"{c.method}: fine-tuning, --margins auto need a pre-trained start, --init"),
+        (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start: --init"),
     ):
         if wrong:
             raise ValueError(text)

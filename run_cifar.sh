@@ -15,7 +15,7 @@ usage: run_cifar.sh demo | cifar10 | cifar100 | 4 | 5 | 6 [--dry-run]
   4, 5, 6    Tables 4 (gradient term), 5 (sampling) and 6 (ID accuracy)
   --dry-run  print the command, and of a table its runs, and run nothing
 
-Environment variables and their defaults:
+Environment variables and their defaults (demo takes PYTHON, SEEDS and RUNS alone):
   PYTHON     a Python with torch; .venv is made beside this script if none is found
   ARCHS      the table's "resnet18 wrn40_2 densenet100"
   METHODS    every training method of the table, such as "energy greg"
@@ -38,12 +38,14 @@ words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on howeve
 
 find_python() { # a Python with torch: ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
-  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
+  local needs='import sys, torch.nn.attention, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
   for candidate in "$venv" python3 python; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi
   done
   [[ -z $dry_run ]] || { echo "No Python with torch here to tell the runs" >&2; echo python3; return; }
+  python3 -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null || {
+    echo "no python3 of version 3.10 or later here: install one, or name it in PYTHON" >&2; exit 2; }
   echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
   python3 -m venv "$here/.venv" >&2 || {
     echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }

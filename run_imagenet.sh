@@ -10,12 +10,12 @@ usage() {
 usage: run_imagenet.sh [--dry-run]
 
   Trains and evaluates every row of Table 3 on DenseNet-121, with three seeds.
-  --dry-run  print the command and its runs, and run nothing
+  --dry-run  print the command and its runs, each for one process; run nothing, link nothing
 
 Environment variables and their defaults:
   IMAGENET   ROOT/imagenet   folder with train/WNID/*.JPEG and val/WNID/*.JPEG
   CLASSES    the authors' ten; or names with commas
-  GPUS       1               processes of torchrun; batches and candidates are shared among them
+  GPUS       1               processes of torchrun, which share batches of 64: a divisor of that
   PYTHON     a Python with torch; .venv is made beside this script if none is found
   ARCHS      densenet121
   METHODS    every training method of the table, such as "energy greg+"
@@ -25,7 +25,8 @@ Environment variables and their defaults:
   RUNS       runs            folder of the results
   WORKERS    4               decoding processes for each GPU, of ID and as many of auxiliary images
   DOWNLOAD   empty           1: fetch the OOD sets and torchvision's DenseNet-121 where absent
-  EXTRA      empty           further options of "greg.py table", such as "--amp"
+  EXTRA      empty           further options of "greg.py table", such as "--amp", or on one GPU
+                             "--channels-last --cuda-graph"
 
 examples:
   IMAGENET=/data/imagenet DOWNLOAD=1 EXTRA=--amp bash run_imagenet.sh
@@ -37,12 +38,14 @@ words() { read -d "" -ra "$1" <<<"$2" || true; } # a variable's words, on howeve
 
 find_python() { # a Python with torch: ours, the system's, or a new environment
   local venv=$here/.venv/bin/python candidate
-  local needs='import sys, torch, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
+  local needs='import sys, torch.nn.attention, torchvision, numpy, tqdm, matplotlib, scipy; assert sys.version_info >= (3, 10)'
   for candidate in "$venv" python3 python; do
     if command -v "$candidate" >/dev/null && "$candidate" -c "$needs" 2>/dev/null
     then echo "$candidate"; return; fi
   done
   [[ -z $dry_run ]] || { echo "No Python with torch here to tell the runs" >&2; echo python3; return; }
+  python3 -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null || {
+    echo "no python3 of version 3.10 or later here: install one, or name it in PYTHON" >&2; exit 2; }
   echo "No Python with torch here: installing into $here/.venv (some GB, once)" >&2
   python3 -m venv "$here/.venv" >&2 || {
     echo "python3 has no venv module: install it (Debian, Ubuntu: python3-venv)" >&2; exit 2; }
