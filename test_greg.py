@@ -1146,6 +1146,7 @@ def test_imagenet_is_split_into_id_and_auxiliary_classes(tmp_path, monkeypatch):
         found = sorted(zip(x[:, 0, 0, :2].tolist(), images.y.tolist(), strict=True))
         assert found == [([40 * i + k, g], y) for k in range(5) for g, y in ((50, 1), (150, 0))]
     assert {Path(os.fsdecode(f)).parent.name for f in aux.x.files} == {"n0", "n2"}
+    assert len(greg.load_aux("imagenet:n0,n1,n2", tmp_path).x) == 5  # one class alone
     for classes in "n1,n9", "n1", "n1,n1", "n0,n1,n2,n3", "4", "":
         load = functools.partial(greg.load_id, f"imagenet:{classes}", tmp_path)
         refuses(load, "two to all but one", str(root), "['n9']" * ("9" in classes))
@@ -1720,11 +1721,8 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     done, text = greg.read_results(lab / "ce"), (lab / "ce" / "results.json").read_text()
     c, near = greg.saved_config(done["config"]), os.path.relpath(lab / "id.npz")
     assert {*done["metrics"]} == {*greg.POST_HOC_ROWS} and done["score"] == "energy"
-    for same in (
-        {},
-        {"id": near},
-        {"ood": [v.replace("=/", "=/../") for v in c.ood[::-1]], "id": f"/..{c.id}"},
-    ):
+    respelt = {"ood": [v.replace("=/", "=/../") for v in c.ood[::-1]], "id": f"/..{c.id}"}
+    for same in {}, {"id": near}, respelt:
         assert greg.train(greg.replace(c, **same), lab / "ce", CPU) == done
     others = [("other OOD sets", {"ood": (spec,)}) for spec in (c.ood[0], "rays", "synthetic")]
     monkeypatch.chdir(tmp_path)  # where `near` is another path
@@ -1736,6 +1734,8 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
         pytest.raises(OSError, greg.train, c, tmp_path)
         assert re.search(said, capsys.readouterr().err)
     assert {"torch", "device", "argv"} < {*json.loads(text)} and not greg.read_results(tmp_path)
+    code = hashlib.sha256((HERE / "greg.py").read_bytes()).hexdigest()
+    assert json.loads(text)["greg"] == code[:12]
     refuses(lambda: greg.save_results(tmp_path / "none", {"x": math.inf}, {}), "JSON")
     for bad in "", "[]", "3", '{"accuracy": 0.9}', text[:99], text.replace("fpr95", "fpr"):
         (tmp_path / "results.json").write_text(bad)
