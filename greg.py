@@ -2,8 +2,8 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" means the paper's; this file's parts are 1-9:
-1-6, method, certificates, rivals and metrics, need torch alone (one function: SciPy) and the names
-of other parts that "Needs:" lists; 7-9 run them. GReg alone is 2, 3, and in 8 `Sampler`, `Method`,
+1-6 (method, certificates, rivals, metrics) import torch alone, one function SciPy, and use of other
+parts the names after "Needs:"; 7-9 run them. GReg alone is 2, 3, and in 8 `Sampler`, `Method`,
 rows "greg" and "greg+" of METHODS and RECIPES, `batches`, `train_epoch`: read these first.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
@@ -179,7 +179,7 @@ def densenet100(K: int) -> Net:
 
 
 def densenet121(K: int) -> Net:
-    """DenseNet-121 for 224×224 images, d = 1024: torchvision's layers in its order, for --init."""
+    """DenseNet-121 for 224×224 images, d = 1024; in torchvision's order, so its weights fit."""
     stem = [_conv(3, 64, 7, 2), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
     return _densenet(stem, 64, (6, 12, 24, 16), 32, K, "fan_in")
 
@@ -209,15 +209,15 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂, masks 0 or 1: s [N] or [N,1] of x [N,...] -> [N], with ∇.
 
-    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. In training mode batch norm has
-    each s_j depend on all x: norm i is of the sum of all kept s_j. ValueError: gradients off."""
+    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. Batch norm in training mode has
+    all kept s_j depend on x_i, masked or not: hence both masks. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(), or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
     if g is None or s.numel() != len(x):
         raise ValueError("need one score for each x, computed from it, not under torch.no_grad()")
-    return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()  # d‖g‖ at g = 0 is 0
+    return torch.linalg.vector_norm(g.flatten(1), dim=1) * mask.flatten()  # at g = 0, ∇‖g‖ is 0
 
 
 def gradient_loss(
@@ -226,7 +226,7 @@ def gradient_loss(
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
     Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
-    In training mode ∇S is `gradient_norm`'s. "released", their code: Eq. (3) / N (N = 128)."""
+    In training mode ∇S is `gradient_norm`'s. "released", as their code: Eq. (3) / N, N = len(s)."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -263,7 +263,7 @@ def greg_loss(
     if not n or kinds[0] != kinds[1] or not x_in.is_floating_point():
         raise ValueError(f"need ID and auxiliary images, normalised, in one size: {n}, {kinds}")
     for m in net.modules() if lambda_grad else ():
-        # The marks of torch.compile(m), m.compile(), DDP(static_graph=True); compiled forwards.
+        # Marks of torch.compile(m), m.compile(), DDP(static_graph=True); below, of m.forward's.
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
@@ -271,7 +271,7 @@ def greg_loss(
     f = _logits(net(x.clone()))  # a copy: net's first layer may work in place
     s, y_in = score(f), torch.as_tensor(y_in, device=f.device)
     y_in = y_in if y_in.is_floating_point() else y_in.long()  # float: probabilities
-    f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # float32, under autocast too
+    f_in, f_aux = f.to(s.dtype).split([n, len(x_aux)])  # S is float32, under autocast too
     ce = F.cross_entropy(f_in, y_in)
     energy = aux_loss(f_in, f_aux, y_in) if aux_loss else energy_loss(s[:n], s[n:], m_in, m_aux)
     gradient = gradient_loss(s, x, n, m_in, m_aux, reduction) if lambda_grad else ce.new_zeros(())
@@ -286,7 +286,7 @@ def greg_loss(
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K]: input and output of the linear layer that the network ends in.
     ValueError if f is not that layer's own tensor (f / T, say); f changed in place goes unseen."""
-    caught = []  # (layer, inputs by position, output) of each linear layer, before other hooks
+    caught = []  # (layer, inputs by position, its own output) of each linear layer, whatever hooks
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
@@ -305,7 +305,7 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         yield net.eval()
     finally:
         for m, training in modes:
-            m.train(training)  # more than a flag where its train() undoes its eval() (LoRA)
+            m.train(training)  # not the flag alone: a train() may undo what eval() did (LoRA)
         for m, training in modes:  # again: a second parent may have reset a shared child
             m.training = training
 
@@ -314,9 +314,9 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
     """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
 
     From each of k = n_ID clusters of normalised features, the members at `ends` (0, -1 or both) in
-    order of score: the lowest for Eq. (1), the highest for (3); both terms get all 2k, as margins
-    choose. ends=(0,), s = absent(f): DOS (Jiang et al. 2024). Random candidates replace what small
-    clusters lack. Order: random. ValueError: N < len(ends)·k, NaN in s, z not finite."""
+    order of score: the lowest for Eq. (1), the highest for (3); but each term is given all 2k: its
+    margin chooses. ends=(0,), s = absent(f): DOS (Jiang et al. 2024). In random order, then random
+    others for what small clusters lack. ValueError: N < len(ends)·k, NaN in s, z not finite."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -354,7 +354,7 @@ def kmeans(
         square = x.square().sum(1)
         for _ in range(n_init):
             c, moved = _seeds(x, square, k, generator), math.inf
-            for i in range(max_iter + 1):  # assign, then move, unless this is the end
+            for i in range(max_iter + 1):  # assign to the nearest c; stop, or move c to the means
                 distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
                 distance += square  # from the least ‖c‖² - 2 x·c to the least ‖x - c‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
@@ -373,14 +373,14 @@ def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], x centred, square = ‖x‖², from a
     sample: at most 16·k points, drawn ∝ square + its mean (Bachem et al. 2018). The first drawn is
     seed one; for each next, draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed and keep the
-    one that makes the sum of these least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
+    one after which these sum to least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
     chosen, closest, tries = [sample[0]], distances[0], 2 + int(math.log(k))
     for _ in range(1, k):
         i = torch.multinomial(closest + 1e-30, tries, replacement=True, generator=generator)
-        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest` after each try
+        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest`, after each
         best = nearer.sum(1).argmin()
         closest = nearer[best]
         chosen.append(sample[i[best]])
@@ -979,7 +979,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
     """All metrics as fractions, and counts. Positive is ID; in aupr_out, fpr95_ood_positive OOD."""
     s_in, s_out = _vector(s_in), _vector(s_out)
-    both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # -: low is OOD
+    both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # negated, low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
     return {**rates, "auroc": auroc(s_in, s_out), **both, "n_in": len(s_in), "n_out": len(s_out)}
 
@@ -1462,10 +1462,10 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; but energy_loss only marks Eq. (1)
+    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; energy_loss stands for None, Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # `score` of `greg_loss`, for Eqs. (1), (3); None: S, and no (3)
-    score: str = "energy"  # that tells ID from OOD in tests (9), not in training: of --scores
+    gradient: Score | None = None  # `score` of `greg_loss`; None: S in Eq. (1), and no Eq. (3)
+    score: str = "energy"  # in tests (9) alone: the one of --scores that tells ID from OOD
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
@@ -1535,9 +1535,9 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# By SGD with Nesterov momentum 0.9. "finetune" (on ImageNet for all but "ce"): Section 6.1, lr and
+# By SGD with Nesterov momentum 0.9. "finetune" (ImageNet: of all but "ce"): Section 6.1, lr and
 # wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
-# "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, no Nesterov.
+# "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, + Nesterov.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
     "finetune": {"epochs": 20, "lr": 0.001, "schedule": "cosine", "batch": 64, "wd": 5e-4},
@@ -1987,12 +1987,12 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n, m=run.steps * ranks):  # n of `order`, cycled, in m parts: those of `parts`
+    def cut(order, n, m=run.steps * ranks):  # n of `order` (cycled) in m parts; ours of these
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):  # a worker is given a batch as [(index, crop's seed), ...]
+        if isinstance(images.x, Files):  # of a lot, [(index, crop's seed), ...], a worker makes x
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
             stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
@@ -2011,7 +2011,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
         order = run.memory.get("pool", order)
         if sampler.pick:
-            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # 6.1; the least is ours
+            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # 6.1: all, or 600K
         streams.append(crops("aux", aux, order, n_aux))
     for x_in, y_in, *x_aux in zip(*streams, strict=True):
         yield x_in, y_in, x_aux[0] if aux else x_in[:0]
@@ -2027,8 +2027,8 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
         on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
-        fold = c.grad_every if on else 0  # 0: no Eq. (3)
-        fold /= ranks if c.reduction == "released" else 1  # then / N is over all ranks
+        fold = c.grad_every if on else 0  # factor of Eq. (3); 0: `greg_loss` leaves it out
+        fold /= ranks if c.reduction == "released" else 1  # `greg_loss`'s N is of this rank alone
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
@@ -2045,18 +2045,18 @@ def train_epoch(run: Run) -> None:
     what = f"{c.method} {c.arch} seed {c.seed} {run.epoch + 1}/{c.epochs}"
     progress, looked = bar(batches(run), what, total=run.steps, initial=run.step), began
     for x_in, y_in, x_aux in progress:  # x_aux: to train on, or to pick from
-        g, part = rng(run.device, c.seed, run.epoch, run.step, rank), Fraction(run.step, run.steps)
+        g, t = rng(run.device, c.seed, run.epoch, run.step, rank), Fraction(run.step, run.steps)
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
         run.sums += average(step(x_in, y_in, x_aux, **context))  # L_CE, Eqs. (1), (3), backward
-        run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + part) / c.epochs)
+        run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + t) / c.epochs)
         run.optimizer.step()
-        for statistic in filter(torch.is_floating_point, run.net.buffers()) if ranks > 1 else ():
+        for statistic in [b for b in run.net.buffers() if ranks > 1 and b.is_floating_point()]:
             statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
-        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # `look` waits for all
+        if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks at the same steps
             look(run, progress)
             looked = time.time()
     end_epoch(run, look(run, progress) | {"seconds": time.time() - began})
