@@ -1849,9 +1849,8 @@ def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
 
 
 def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None) -> int:
-    """How many of x at once: what a CPU's cache holds, or enough to keep a GPU busy."""
-    cpu = (device or x.device).type == "cpu"
-    return max(1, 32 * (32 * 32 * 3) // math.prod(x.shape[1:])) if cpu else gpu
+    """How many of x at once: 32 of 3×32×32 fit a CPU's cache; or enough to keep a GPU busy."""
+    return max(1, 98304 // math.prod(x.shape[1:])) if (device or x.device).type == "cpu" else gpu
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
@@ -2021,7 +2020,6 @@ def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
     (m_in, m_aux), score = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
-    model = nn.parallel.DistributedDataParallel(run.net) if ranks > 1 else run.net
 
     def differentiate(x_in, y_in, x_aux, **context):  # -> the step's TERMS; sets weights' .grad
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
@@ -2032,7 +2030,7 @@ def train_epoch(run: Run) -> None:
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-            out = greg_loss(model, x_in, y_in, x_aux, *options)
+            out = greg_loss(run.net, x_in, y_in, x_aux, *options)
         run.optimizer.zero_grad()  # in here, as a CUDA graph owns the .grad that it makes
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
@@ -2051,10 +2049,11 @@ def train_epoch(run: Run) -> None:
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
         x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
         run.sums += average(step(x_in, y_in, x_aux, **context))  # L_CE, Eqs. (1), (3), backward
+        for v in [*(p.grad for p in run.net.parameters()), *run.net.buffers()] if ranks > 1 else ():
+            if v is not None and v.is_floating_point():  # one gradient and one set of statistics
+                v.copy_(average(v))
         run.optimizer.param_groups[0]["lr"] = learning_rate(c, (run.epoch + t) / c.epochs)
         run.optimizer.step()
-        for statistic in [b for b in run.net.buffers() if ranks > 1 and b.is_floating_point()]:
-            statistic.copy_(average(statistic))  # so that all processes score alike
         run.step += 1
         if ranks > 1 or run.stopped_by or time.time() > looked + 1:  # all ranks at the same steps
             look(run, progress)
@@ -2071,11 +2070,12 @@ def look(run: Run, progress: Any) -> dict[str, float]:
         raise FloatingPointError(f"the {bad[0]} term is {where}: {why}")
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
-    stop = average(torch.tensor(float(run.stopped_by), device=run.device)).item()  # of any rank
+    stop = average(torch.tensor(float(run.stopped_by), device=run.device))  # of any rank
     if stop or time.time() - run.saved_at > SAVE_SECONDS:
         save(run)
     if stop:  # all processes, though the signal may have met one
         progress.close()
+        average(stop)  # waits until the first has saved: torchrun stops all when one has left
         number = run.stopped_by or int(signal.SIGTERM)
         remark(f"signal {number}, saved {run.folder}: the command goes on from here")
         raise SystemExit(128 + number)

@@ -1609,7 +1609,7 @@ def two_steps(rank, ranks, folder, options):  # two, with a signal to the last i
     union = normal(1, 12, 3, 8, 8), torch.arange(12) % 4, normal(2, 12, 3, 8, 8)
     greg.batches = lambda run: [[v.chunk(ranks)[rank] for v in union]]
     greg.end_epoch, run = lambda run, row: None, begun(folder / f"run{ranks}", "greg", **options)
-    run.net.double()
+    run.net.double().spare = nn.Parameter(torch.zeros(1))  # that the loss does not reach
     greg.train_epoch(run)
     run.stopped_by = int(signal.SIGHUP) * (rank + 1 == ranks)
     with pytest.raises(SystemExit, match=str(128 + (run.stopped_by or signal.SIGTERM))):
