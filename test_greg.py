@@ -1607,14 +1607,14 @@ def test_margins_a_collapse_and_an_idle_gradient_term(begin, tmp_path, monkeypat
 def two_steps(rank, ranks, folder, options):  # two, with a signal to the last in one
     torch.distributed.init_process_group("gloo", f"file://{folder}/store{ranks}", None, ranks, rank)
     union = normal(1, 12, 3, 8, 8), torch.arange(12) % 4, normal(2, 12, 3, 8, 8)
-    greg.batches = lambda run: [[v.chunk(ranks)[rank] for v in union]]
-    greg.end_epoch, run = lambda run, row: None, begun(folder / f"run{ranks}", "greg", **options)
+    greg.batches, greg.end_epoch = lambda run: [[v.chunk(ranks)[rank] for v in union]], lambda *_: 0
+    run, save = begun(folder / f"run{ranks}", "greg", **options), greg.save
+    greg.save = lambda run: greg.time.sleep(0.5 * (rank == 0)) or save(run)  # none leaves before
     run.net.double().spare = nn.Parameter(torch.zeros(1))  # that the loss does not reach
-    greg.train_epoch(run)
-    run.stopped_by = int(signal.SIGHUP) * (rank + 1 == ranks)
+    run.stopped_by = greg.train_epoch(run) or int(signal.SIGHUP) * (rank + 1 == ranks)
     with pytest.raises(SystemExit, match=str(128 + (run.stopped_by or signal.SIGTERM))):
         greg.train_epoch(run)
-    assert greg.main([]) == 2 and greg.world()[1] == ranks  # a command leaves the group as it is
+    assert greg.stored(run.folder) and greg.main([]) == 2 and greg.world()[1] == ranks  # it stays
     torch.save([run.net.state_dict(), run.sums], folder / f"{ranks}{rank}.pt")
 
 
