@@ -322,7 +322,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
         raise ValueError(f"cannot draw {n} from {of} in {k} clusters")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; max first: ‖z‖² overflows
+    z_hat = F.normalize(F.normalize(z, p=math.inf, eps=1e-30))  # line 2; max first: no overflow
     labels, _, _ = kmeans(z_hat, k, generator=generator)  # line 3
     order, chosen = s.argsort(stable=True), torch.zeros_like(s, dtype=torch.bool)
     for j in labels.unique():  # line 4
