@@ -1465,7 +1465,7 @@ def test_a_configuration_suits_its_data_and_is_kept_or_refused(begin, tmp_path, 
     above_0 = "epochs lr batch size candidates grad_every".split()
     not_below_0 = "wd n_train lambda_s lambda_grad noise workers aux_epoch".split()
     for word, change in (
-        ("--init", {"init": ""}), ("auto", {"method": "greg+", "init": "", "margins": "auto"}),
+        ("greg", {"init": ""}), ("auto", {"method": "greg+", "init": "", "margins": "auto"}),
         ("m_in", {"m_in": -7.0}), ("m_in", {"m_in": -math.inf}), ("m_in", {"m_aux": math.nan}),
         ("at least 2", {"method": "greg+", "candidates": 1}), ("--lr", {"lr": math.nan}),
         *(("--schedule", {"schedule": s}) for s in ("0.5;1", "1/0", "0.5,1", "0", "")),
@@ -1473,7 +1473,7 @@ def test_a_configuration_suits_its_data_and_is_kept_or_refused(begin, tmp_path, 
         *((f"--{k} ".replace("_", "-"), {k: -1}) for k in not_below_0),
         ("omit --aux", {"id": "imagenet:5", "aux": "imagenet:6"}), ("imagenet", {"stats": "dice"}),
         ("'x': one of ce, e", {"method": "x"}), ("'Auto': one of , auto", {"margins": "Auto"}),
-        ("dice", {"init": file, "stats": "cifar10"}), ("--m-aux", {"margins": "auto", "m_in": -9}),
+        ("dice", {"init": file, "stats": "cifar10"}), ("--m-aux", {"margins": "auto", "m_in": -3}),
         ("own has another", {"method": "own", "margins": "auto"})):  # fmt: skip
         refuses(lambda c=change: of(**{"method": "greg", "init": "torchvision"} | c), word)
 
