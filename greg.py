@@ -1920,6 +1920,8 @@ def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Image
     marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
     marks |= {"n_aux": len(aux.x) if aux else 0, "classes": [*ids.classes], "size": size}
     net = build(replace(c, init="") if begun else c, ids.classes, size).to(device)
+    for v in net.state_dict().values() if ranks > 1 else ():
+        torch.distributed.broadcast(v, 0)  # of networks that --seed does not fix
     for m in net.modules() if c.sync_bn and ranks > 1 else ():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             if type(m) is not nn.BatchNorm2d or None in (m.bias, m.momentum, m.running_var):
@@ -2353,10 +2355,9 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     m = METHODS[c.method]
-    uses = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
-    uses |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins}  # options: used or not
-    uses["cuda_graph"] = not m.prepare  # which makes something new at each step
-    unused = " ".join(names for names, used in uses.items() if not used).split()
+    on = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
+    on |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins, "cuda_graph": not m.prepare}
+    unused = " ".join(names for names, used in on.items() if not used).split()  # options
     if idle := [k for k in unused if getattr(config, k) != getattr(Config, k)]:  # yet given
         remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
@@ -2801,9 +2802,8 @@ def command_demo(args: argparse.Namespace) -> None:
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    say(f"""All but ‖∇S‖ in %, over six OOD families; seeds {seeds}. Attacked (ℓ2 0.25): OOD to
-look ID, ID to be rejected. What to look at: the energy loss should lower FPR95; the
-gradient term (greg) ‖∇S‖, and with it what attacks achieve.""")
+    say(f"""In %, but for ‖∇S‖; six OOD families; seeds {seeds}; attacked at ℓ2 0.25. To look at:
+the energy loss should lower FPR95; the gradient term (greg) ‖∇S‖, and so what attacks achieve.""")
     figure_scores([runs / m / f"seed{seeds[0]}" for m in ("energy", "greg")], runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
 
