@@ -2,16 +2,16 @@
 """greg: Gradient-Regularized Out-of-Distribution Detection, the paper as one module.
 
 Sharifi et al., ECCV 2024, arXiv 2404.12368. "Section" means the paper's; this file's parts are 1-9:
-1-6 (method, certificates, rivals, metrics) import torch alone, one function SciPy, and use of other
-parts the names after "Needs:"; 7-9 run them. GReg alone is 2, 3, and in 8 `Sampler`, `Method`,
-rows "greg" and "greg+" of METHODS and RECIPES, `batches`, `train_epoch`: read these first.
+1-6 (method, certificates, rivals, metrics) import torch alone, one function SciPy; "# Needs:" names
+what each takes of other parts; 7-9 run them. GReg alone, to be read first: 2, 3 and of 8 `Sampler`,
+`Method`, METHODS "greg", "greg+", RECIPES "finetune", "greg+", `embed`, `batches`, `train_epoch`.
 
     1  Networks            3.1, 6.1         f(x) = W h(x) + b: ResNet-18, WRN-40-2, DenseNet
     2  Scores and losses   3.2, 4.1         S = -LSE(f), Eq. (1), Eq. (3), GReg
     3  Sampling            4.2, Alg. 1      features of any network, K-Means, energy-based sampling
     4  Certificates        5, Eq. (4)       certified radii, smoothing, attacks
     5  Compared methods    2.1, 2.2         MSP, ODIN, ReAct, DICE, LINe; OE, NTOM, POEM, DOS, ...
-    6  Metrics             6.1              FPR95, AUROC, AUPR
+    6  Metrics             6.1              FPR95, AUROC; AUPR, which the paper has not
     7  Data                6.1              CIFAR, ImageNet, auxiliary and OOD sets, yours, built-in
     8  Training            4, 6.1           the table of methods, the loop, checkpoints, speed
     9  Evaluation          6                evaluate, predict, Tables 1-6, figures, command line
@@ -207,10 +207,10 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 
 
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂, masks 0 or 1: s [N] or [N,1] of x [N,...] -> [N], with ∇.
+    """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ for all i, differentiable; s [N] or [N,1], x [N,...] -> [N].
 
-    In eval mode s_i depends on x_i alone: this is mask_i ‖∇S(x_i)‖. Batch norm in training mode has
-    all kept s_j depend on x_i, masked or not: hence both masks. ValueError: gradients off."""
+    In eval mode s_i depends on x_i alone: mask_i ‖∇S(x_i)‖. In training mode batch norm ties each
+    s_j to all x_i: the inner mask drops scores, the outer images. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(), or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -226,7 +226,7 @@ def gradient_loss(
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
     Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
-    In training mode ∇S is `gradient_norm`'s. "released", as their code: Eq. (3) / N, N = len(s)."""
+    In training mode ∇S is `gradient_norm`'s. "released": Eq. (3) / len(s), their code's scale."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -254,16 +254,16 @@ def greg_loss(
     logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For other methods (Table
     4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1); `score` replaces S (low for ID; m_in, m_aux on
     its scale). ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
-    ValueError: no ID images, for Eqs. (1), (3) no auxiliary ones; m_in >= m_aux in (1); images of
-    two sizes or dtypes, or integers; a part of `net` compiled or in DDP with static_graph: (3) is
-    lost. Where attention is checkpointed: backward() under `sdpa_kernel(SDPBackend.MATH)` too."""
+    ValueError: x_in empty; x_aux empty where (1) or (3) is on; m_in >= m_aux where (1) is; sizes or
+    dtypes that differ, or integers; a part of `net` compiled or in DDP(static_graph=True): there
+    (3) is lost. Checkpointed attention: backward() too under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     n, kinds = len(x_in), [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
     if not n or kinds[0] != kinds[1] or not x_in.is_floating_point():
-        raise ValueError(f"need ID and auxiliary images, normalised, in one size: {n}, {kinds}")
+        raise ValueError(f"need float ID and auxiliary images of one size: {n} ID, {kinds}")
     for m in net.modules() if lambda_grad else ():
-        # Marks of torch.compile(m), m.compile(), DDP(static_graph=True); below, of m.forward's.
+        # Set by torch.compile(m), m.compile(), DDP(static_graph=True); then by compile(m.forward).
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
@@ -286,7 +286,7 @@ def greg_loss(
 def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """z = h(x) [N,d], f(x) [N,K]: input and output of the linear layer that the network ends in.
     ValueError if f is not that layer's own tensor (f / T, say); f changed in place goes unseen."""
-    caught = []  # (layer, inputs by position, its own output) of each linear layer, whatever hooks
+    caught = []  # (layer, positional inputs, output) of linear layers, before other hooks alter it
     with contextlib.ExitStack() as hooks:
         for m in (m for m in net.modules() if isinstance(m, nn.Linear)):
             hooks.enter_context(m.register_forward_hook(lambda *a: caught.append(a), prepend=True))
@@ -305,18 +305,18 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
         yield net.eval()
     finally:
         for m, training in modes:
-            m.train(training)  # not the flag alone: a train() may undo what eval() did (LoRA)
-        for m, training in modes:  # again: a second parent may have reset a shared child
+            m.train(training)  # not the flag alone: LoRA's train() undoes what its eval() did
+        for m, training in modes:  # again: train() recurses, so a later parent may reset a child
             m.training = training
 
 
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
-    """Algorithm 1: len(ends)·k distinct indices of N candidates: features z [N,d], scores s [N].
+    """Algorithm 1, lines 2-8 (1: `features_and_logits`): z [N,d], s [N] -> len(ends)·k indices.
 
-    From each of k = n_ID clusters of normalised features, the members at `ends` (0, -1 or both) in
-    order of score: the lowest for Eq. (1), the highest for (3); but each term is given all 2k: its
-    margin chooses. ends=(0,), s = absent(f): DOS (Jiang et al. 2024). In random order, then random
-    others for what small clusters lack. ValueError: N < len(ends)·k, NaN in s, z not finite."""
+    Of each of k = n_ID clusters of normalised z the lowest (ends 0) and the highest s (-1), meant
+    for Eqs. (1) and (3); but both see all 2k, and act on those on their side of the margin. What
+    clusters of one lack is drawn from the rest. Distinct, in random order. ends=(0,), s =
+    `absent`(f): DOS (Jiang et al. 2024). ValueError: N < len(ends)·k, NaN in s, z not finite."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -354,9 +354,9 @@ def kmeans(
         square = x.square().sum(1)
         for _ in range(n_init):
             c, moved = _seeds(x, square, k, generator), math.inf
-            for i in range(max_iter + 1):  # assign to the nearest c; stop, or move c to the means
-                distance, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
-                distance += square  # from the least ‖c‖² - 2 x·c to the least ‖x - c‖²
+            for i in range(max_iter + 1):  # the last pass only assigns, so that labels fit c
+                nearest, labels = torch.addmm(c.square().sum(1), x, c.mT, alpha=-2).min(1)
+                distance = nearest + square  # squared: ‖x - c‖² = (‖c‖² - 2 x·c) + ‖x‖²
                 if i == max_iter or moved <= tol * square.mean() / x.shape[1]:
                     break
                 member = F.one_hot(labels, k).to(x.dtype)  # [N,k]
@@ -370,17 +370,17 @@ def kmeans(
 
 
 def _seeds(x, square, k, generator):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d], x centred, square = ‖x‖², from a
-    sample: at most 16·k points, drawn ∝ square + its mean (Bachem et al. 2018). The first drawn is
-    seed one; for each next, draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed and keep the
-    one after which these sum to least. Memory: twice (16·k)² distances, 2 GiB at k = 1,000."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d]; x centred, square = ‖x‖². For speed
+    only among 16·k points (or all), drawn ∝ square + its mean (coresets, Bachem et al. 2018); the
+    first is seed one. Each next: draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed, keep the
+    one that leaves the least sum of these. Memory: two [16·k,16·k] matrices, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # 1e-30: if all x are equal
     sample = x[torch.multinomial(weight, min(16 * k, len(x)), generator=generator)]
     distances = torch.cdist(sample, sample).square()
     chosen, closest, tries = [sample[0]], distances[0], 2 + int(math.log(k))
     for _ in range(1, k):
         i = torch.multinomial(closest + 1e-30, tries, replacement=True, generator=generator)
-        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest`, after each
+        nearer = torch.minimum(distances[i], closest)  # [tries,sample]: `closest`, if i were a seed
         best = nearer.sum(1).argmin()
         closest = nearer[best]
         chosen.append(sample[i[best]])
@@ -949,7 +949,7 @@ def _vector(s):
 
 
 def threshold(s_in: Tensor, tpr: float = 0.95) -> float:
-    """γ: the ⌈tpr·n⌉-th smallest of s_in, the least score that a share tpr of s_in does not exceed.
+    """γ: the ⌈tpr·n⌉-th smallest of s_in, the least score with a share tpr of s_in at or below it.
     ValueError unless 0 < tpr <= 1 and, as for all metrics, s_in is a vector without NaN."""
     s_in, share = _vector(s_in), Fraction(str(float(tpr)))  # in floats 0.55 · 100 > 55
     if not 0 < share <= 1:
@@ -977,7 +977,7 @@ def aupr(s_pos: Tensor, s_neg: Tensor) -> float:
 
 
 def ood_metrics(s_in: Tensor, s_out: Tensor) -> dict[str, float]:
-    """All metrics as fractions, and counts. Positive is ID; in aupr_out, fpr95_ood_positive OOD."""
+    """All metrics as fractions, and counts; ID positive, but in aupr_out and fpr95_ood_positive."""
     s_in, s_out = _vector(s_in), _vector(s_out)
     both = {"aupr_in": aupr(s_in, s_out), "aupr_out": aupr(-s_out, -s_in)}  # negated, low is OOD
     rates = {"fpr95": fpr_at_tpr(s_in, s_out), "fpr95_ood_positive": fpr_at_tpr(-s_out, -s_in)}
@@ -1464,8 +1464,8 @@ class Method(NamedTuple):
 
     loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; energy_loss stands for None, Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # `score` of `greg_loss`; None: S in Eq. (1), and no Eq. (3)
-    score: str = "energy"  # in tests (9) alone: the one of --scores that tells ID from OOD
+    gradient: Score | None = None  # the score whose gradient Eq. (3) takes; None: no Eq. (3)
+    score: str = "energy"  # not in training: the one of --scores that tells ID from OOD in tests
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
@@ -1535,8 +1535,8 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# By SGD with Nesterov momentum 0.9. "finetune" (ImageNet: of all but "ce"): Section 6.1, lr and
-# wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
+# By SGD with Nesterov momentum 0.9. "finetune", of "greg" too (ImageNet: of all but "ce"): 6.1, lr
+# and wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
 # "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, + Nesterov.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
@@ -1988,12 +1988,12 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n, m=run.steps * ranks):  # n of `order` (cycled) in m parts; ours of these
+    def cut(order, n, m=run.steps * ranks):  # n of `order`, repeated, in m parts; ours of these
         return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
-        if isinstance(images.x, Files):  # of a lot, [(index, crop's seed), ...], a worker makes x
+        if isinstance(images.x, Files):  # workers crop a step's lot, [(index, crop's seed), ...]
             lots = ([(j, hashed(*key, i, p)) for p, j in enumerate(at.tolist())] for i, at in pairs)
             more = {"num_workers": c.workers, "worker_init_fn": _leave_signals}
             stream = torch.utils.data.DataLoader(images.x, batch_size=None, sampler=lots, **more)
@@ -2007,15 +2007,15 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     n, order = c.batch * run.steps, torch.randperm(len(ids.x), generator=g)
     streams = [crops("in", ids, order, n), (ids.y[at].to(run.device) for at in cut(order, n))]
     if aux:
-        n_aux, order = n * sampler.per_id, torch.randperm(len(aux.x), generator=g)
+        n_aux, pool = n * sampler.per_id, torch.randperm(len(aux.x), generator=g)
         if sampler.pool and not run.step:  # by the network at the epoch's start; then it is kept
-            run.memory["pool"] = sampler.pool(run, order[:400_000], n_aux, g)  # as POEM and NTOM
-        order = run.memory.get("pool", order)
+            run.memory["pool"] = sampler.pool(run, pool[:400_000], n_aux, g)  # as POEM and NTOM
+        pool = run.memory.get("pool", pool)
         if sampler.pick:
-            n_aux = max(min(len(order), c.aux_epoch), c.candidates * n)  # 6.1: all, or 600K
-        streams.append(crops("aux", aux, order, n_aux))
+            n_aux = max(min(len(pool), c.aux_epoch), c.candidates * n)  # 6.1: all (CIFAR), or 600K
+        streams.append(crops("aux", aux, pool, n_aux))
     for x_in, y_in, *x_aux in zip(*streams, strict=True):
-        yield x_in, y_in, x_aux[0] if aux else x_in[:0]
+        yield x_in, y_in, x_aux[0] if aux else x_in[:0]  # no auxiliary data: no images
 
 
 def train_epoch(run: Run) -> None:
@@ -2025,14 +2025,14 @@ def train_epoch(run: Run) -> None:
 
     def differentiate(x_in, y_in, x_aux, **context):  # -> the step's TERMS; sets weights' .grad
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
-        # Every n-th step, n-fold: the same on average (lazy regularisation, Karras et al. 2020).
+        # --grad-every n: in each n-th step, n-fold (lazy regularisation, Karras et al. 2020).
         on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
-        fold = c.grad_every if on else 0  # factor of Eq. (3); 0: `greg_loss` leaves it out
-        fold /= ranks if c.reduction == "released" else 1  # `greg_loss`'s N is of this rank alone
+        fold = c.grad_every if on else 0  # factor of Eq. (3) in this step; 0: it is left out
+        fold /= ranks if c.reduction == "released" else 1  # / N: N is of the images of all ranks
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-            out = greg_loss(run.net, x_in, y_in, x_aux, *options)
+            out = greg_loss(run.net, x_in, y_in, x_aux, *options)  # the same with neither, slower
         run.optimizer.zero_grad()  # in here, as a CUDA graph owns the .grad that it makes
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in

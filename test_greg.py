@@ -304,7 +304,7 @@ def test_losses_and_samplers_refuse_in_one_line_what_would_be_wrong_without_a_wo
         ("scores [4]", greg.energy_sampling, (z, s[:4], 1)), ("static_graph", step, (parallel,)),
         ("5 of them NaN", greg.energy_sampling, (z, s * math.nan, 1)),
         ("NTOM|5", greg.quantile_mining, (s, 4, 0.4), (s * math.nan, 1), (z, 1), (s, 1, -0.5)),
-        ("normalised, in", greg.greg_loss, (net, *[z.byte()] * 3), *[(net, z, s, v) for v in (
+        ("float ID and aux", greg.greg_loss, (net, *[z.byte()] * 3), *[(net, z, s, v) for v in (
             z.byte(), z.double(), z[:, 1:])], (net, z[:0], s[:0], z, 0, 1, 0, 0, "", len, len)),
         ("float64", greg.poem_posterior, (z, z[0].double()), (z.double(), z[0]))):  # fmt: skip
         for arguments in calls:
@@ -1615,7 +1615,7 @@ def two_steps(rank, ranks, folder, options):  # two, with a signal to the last i
     run.stopped_by = greg.train_epoch(run) or int(signal.SIGHUP) * (rank + 1 == ranks)
     pytest.raises(SystemExit, greg.train_epoch, run).match(str(128 + (run.stopped_by or 15)))
     assert greg.stored(run.folder) and greg.main([]) == 2 and greg.world()[1] == ranks  # it stays
-    torch.save([run.net.state_dict(), run.sums], folder / f"{ranks}{rank}.pt")
+    torch.save([run.net.state_dict(), run.sums], folder / f"{ranks}{rank}")
 
 
 @pytest.mark.parametrize("more", [{"reduction": "released"}, {"reduction": "paper"}, {}])
@@ -1625,7 +1625,7 @@ def test_two_processes_take_the_step_of_one_on_the_union(more, begin, tmp_path):
     by = "spawn" if torch.cuda.is_available() else "fork"  # which is faster
     for n in 1, 2:
         torch.multiprocessing.start_processes(two_steps, (n, tmp_path, options), n, start_method=by)
-    (one, sums), (two, ours), last = (torch.load(tmp_path / f"{k}.pt") for k in ("10", "20", "21"))
+    (one, sums), (two, ours), last = (greg.read_tensors(tmp_path / k) for k in ("10", "20", "21"))
     assert sums.isfinite().all() and (sums[1:4] > 0).all()
     exactly([*last, greg.stored(tmp_path / "run2")["net"]], [two, ours, two])
     if more:
@@ -2142,7 +2142,7 @@ def test_the_readme_has_the_map_of_the_module_commands_that_parse_and_code_that_
     net, x = seeded(0, lambda: greg.wrn(10, 1, 10)), normal(0, 28, 3, 8, 8, dtype=torch.float32)
     names = {"torch": torch, "F": F, "optimizer": torch.optim.SGD(net.parameters(), 0.01)}
     names |= {"net": net, "x_in": x[:4], "y_in": torch.arange(4), "x_aux": x[4:]}
-    names |= {"id_loader": [(x[:4], torch.arange(4))], "auxiliary_loader": [x[4:]]}
+    names |= {"id_loader": [(x[:4], torch.arange(4))], "aux_image_loader": [x[4:]]}
     before = net.fc.weight.clone()
     for block in python:
         exec(block, names)
