@@ -132,9 +132,8 @@ def resnet18(K: int) -> Net:
     for c in 64, 64, 128, 128, 256, 256, 512, 512:
         stride = 1 if c == c_in else 2
         body = [_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3), nn.BatchNorm2d(c)]
-        shortcut = [] if c == c_in else [_conv(c_in, c, 1, stride), nn.BatchNorm2d(c)]
-        block = Residual(nn.Sequential(*body), nn.Sequential(*shortcut))  # empty: the identity
-        layers += [nn.Sequential(block, nn.ReLU())]
+        shortcut = [] if c == c_in else [_conv(c_in, c, 1, stride), nn.BatchNorm2d(c)]  # []: x
+        layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
         c_in = c
     return Net(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 512, K)
 
@@ -142,7 +141,7 @@ def resnet18(K: int) -> Net:
 def wrn(depth: int, width: int, K: int) -> Net:
     """Wide ResNet (Zagoruyko & Komodakis 2016) without dropout, d = 64·width, depth = 6·n + 4."""
     if depth < 10 or (depth - 4) % 6:
-        raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, 40, ...), got {depth}")
+        raise ValueError(f"depth must be 6 n + 4 (10, 16, 22, 28, ...), got {depth}")
     layers, c_in, n = [_conv(3, 16, 3)], 16, (depth - 4) // 6
     for stage, block in itertools.product(range(3), range(n)):
         c, stride = 16 * width * 2**stage, (2 if stage and not block else 1)
@@ -209,9 +208,9 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ for all i, differentiable; s [N] or [N,1], x [N,...] -> [N].
 
-    In eval mode s_i depends on x_i alone: mask_i ‖∇S(x_i)‖. In training mode batch norm ties each
-    s_j to all x_i: the inner mask drops scores, the outer images. ValueError: gradients off."""
-    if not (x.requires_grad and s.requires_grad):
+    In eval mode s_i depends on x_i alone: mask_i ‖∇S(x_i)‖. In training mode batch norm ties s_j
+    to every x_i: mask_j leaves out s_j, mask_i the norm at x_i. ValueError: gradients off."""
+    if not (x.requires_grad and s.requires_grad and torch.is_grad_enabled()):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(), or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
     (g,) = torch.autograd.grad((s * mask).sum(), x, create_graph=True, allow_unused=True)
@@ -225,8 +224,8 @@ def gradient_loss(
 ) -> Tensor:
     """Eq. (3): mean ‖1[s_in <= m_in] ∇S(x_in)‖ + mean ‖1[s_aux >= m_aux] ∇S(x_aux)‖.
 
-    Samples that Eq. (1) still pushes count as norm 0. Of s [N] and x [N,...] the first n_in are ID.
-    In training mode ∇S is `gradient_norm`'s. "released": Eq. (3) / len(s), their code's scale."""
+    Norm 0 where Eq. (1) still pushes. Of s [N] and x [N,...] the first n_in are ID. In training
+    mode ∇S is `gradient_norm`'s. "released": Eq. (3) / len(s), the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
         need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
         raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
@@ -254,9 +253,9 @@ def greg_loss(
     logits [n+m,K], as such, first in a tuple, or as "logits" in a mapping. For other methods (Table
     4) aux_loss(f_in, f_aux, y_in) replaces Eq. (1); `score` replaces S (low for ID; m_in, m_aux on
     its scale). ∇S is with respect to x as passed (normalised, say); no gradient flows back into x.
-    ValueError: x_in empty; x_aux empty where (1) or (3) is on; m_in >= m_aux where (1) is; sizes or
-    dtypes that differ, or integers; a part of `net` compiled or in DDP(static_graph=True): there
-    (3) is lost. Checkpointed attention: backward() too under `sdpa_kernel(SDPBackend.MATH)`."""
+    ValueError: x_in empty; x_aux empty for (1), at lambda_s = 0 too, or (3); m_in >= m_aux for (1);
+    sizes or dtypes that differ, or integers; for (3) a part of `net` compiled, or in DDP with
+    static_graph. Checkpointed attention: backward() too under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
         raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     n, kinds = len(x_in), [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
@@ -315,7 +314,7 @@ def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0
 
     Of each of k = n_ID clusters of normalised z the lowest (ends 0) and the highest s (-1), meant
     for Eqs. (1) and (3); but both see all 2k, and act on those on their side of the margin. What
-    clusters of one lack is drawn from the rest. Distinct, in random order. ends=(0,), s =
+    clusters of one lack is drawn from the rest, and comes last. All distinct. ends=(0,), s =
     `absent`(f): DOS (Jiang et al. 2024). ValueError: N < len(ends)·k, NaN in s, z not finite."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
@@ -343,7 +342,7 @@ def kmeans(
     An empty cluster moves to the point farthest from its nearest centroid. With fewer distinct
     points than k, or at max_iter, some stay empty. ValueError: x not finite; k < 1, > N."""
     if x.dim() != 2 or not 1 <= k <= len(x) or min(n_init, max_iter) < 1 or not x.isfinite().all():
-        got = f"x {list(x.shape)}, k={k}, n_init={n_init}, max_iter={max_iter}"
+        got = f"x {[*x.shape]}, {(~x.isfinite()).sum()} not finite, {k=}, {n_init=}, {max_iter=}"
         raise ValueError(f"need finite x [N,d], 1 <= k <= N and at least one try, got {got}")
     runs = []
     with torch.autocast(x.device.type, enabled=False):
@@ -371,7 +370,7 @@ def kmeans(
 
 def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d]; x centred, square = ‖x‖². For speed
-    only among 16·k points (or all), drawn ∝ square + its mean (coresets, Bachem et al. 2018); the
+    only among 16·k points (or all), drawn ∝ square + its mean (as Bachem et al. 2018); the
     first is seed one. Each next: draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed, keep the
     one that leaves the least sum of these. Memory: two [16·k,16·k] matrices, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # 1e-30: if all x are equal
@@ -392,7 +391,7 @@ def _seeds(x, square, k, generator):
 # Needs: Net, Residual, Concat, Normalize (1), energy_score, _logits (2), and SciPy for smoothing.
 
 # Eq. (4) wants L_S: `lipschitz_global` gives it for all x, `lipschitz_local` for a ball. Where the
-# network is linear, `linear_region` with `id_radius`, `ood_radius` does better. `certify`: all.
+# network is linear, `linear_region` with `id_radius`, `ood_radius` needs none. `certify`: all.
 # "Sound": true of the network in real arithmetic with the stored weights, in eval mode, in the
 # units of its input. Against float64's rounding norms go up by 1e-9, radii of `certify` and the
 # shares of smoothing down, boxes up by 1e-14: enough unless sums cancel, not for a float32 network.
@@ -411,8 +410,7 @@ def certified_radius(s: Tensor, gamma: float, lipschitz: Any, eps: Any = math.in
     s, gamma, lipschitz, eps = map(wide, (s.detach(), gamma, lipschitz, eps))
     margin = (s - gamma).abs()
     radius = torch.where(margin == 0, 0.0, margin / lipschitz).minimum(eps)
-    odd = radius.isnan().any() or radius.shape != s.shape
-    if odd or not ((lipschitz >= 0).all() and (eps >= 0).all()):
+    if radius.shape != s.shape or not ((radius >= 0).all() and (lipschitz >= 0).all()):
         raise ValueError("NaN in Eq. (4), L_S or eps below 0, or not one for each of s")
     return radius
 
@@ -477,8 +475,10 @@ def _carry(net, c, r, relu, entries, tiny=0.0):  # r: derivatives of c (region) 
             c, r = relu(c, r)
         elif type(m) in (Residual, Concat):
             join = torch.add if type(m) is Residual else lambda *both: torch.cat(both, 1)
-            c, r = map(join, *(_carry(v, c, r, relu, entries, tiny) for v in (m.shortcut, m.body)))
-        else:  # detached: to autograd, r stays entries(W) r
+            both = [_carry(v, c, r, relu, entries, tiny) for v in (m.shortcut, m.body)]
+            _demand(m, both[0][0].dim() == both[1][0].dim())  # else rows are taken for pixels
+            c, r = map(join, *both)
+        else:  # to autograd r stays entries(W) r: no gradient through the rounding's part
             c, r = m(c), _linear(m, r + tiny * (c.abs() + r).detach(), entries)
     return c, r
 
@@ -506,7 +506,7 @@ def conv_norm(weight: Tensor, hw: Any, stride=1, padding=0, dilation=1, groups: 
 
 
 def _propagate(net, x, w):
-    """w' [C]: for x = diag(w) g + const, g 1-Lipschitz, net(x) = diag(w') g' + const, g' likewise.
+    """w' [C]: for x = diag(w) g + const, g 1-Lipschitz in the input, net(x) = diag(w') g' + const.
 
     x: any input, for its shapes. Pools of n: mean² <= Σ x² / n, max² <= Σ x². Branches: diag(v) g
     is diag(t v) g/t, diag(w) h is diag(u w) h/u, (g/t, h/u) is 1-Lipschitz if 1/t² + 1/u² = 1."""
@@ -628,7 +628,7 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
 
     Intervals hold all activations on the ball, hence all ReLU slopes and, backward, all
     gradients of S (mean value theorem). Tends to ‖∇S‖ as eps -> 0 where no pre-activation is 0:
-    the paper's argument as a theorem. Infinite where intervals overflow, as in deep networks."""
+    the paper's argument as a theorem. Vacuous in deep networks, infinite if intervals overflow."""
     x = x.clone().detach().double().requires_grad_()
     layers = _layers(_exact(net, x))
     eps = torch.as_tensor(eps, dtype=x.dtype, device=x.device).clone().expand(len(x))
@@ -645,8 +645,8 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
     c, r = _carry(nn.Sequential(*layers), c, r, _Gate.apply, torch.abs, 1e-14)
     low, high = (c - r).detach(), (c + r).detach()  # of the logits z; rest_i: LSE of the others
     own = torch.eye(c.shape[1], dtype=torch.bool, device=c.device)  # -∂S/∂z_i = σ(z_i - rest_i)
-    rest = [torch.where(own, -math.inf, z[:, None]).logsumexp(2) for z in (low, high)]
-    low, high = (low - rest[1]).sigmoid(), (high - rest[0]).sigmoid()  # now of -∂S/∂z
+    rest = [torch.where(own, -math.inf, z[:, None]).logsumexp(2) for z in (high, low)]
+    low, high = (low - rest[0]).sigmoid(), (high - rest[1]).sigmoid()  # now of -∂S/∂z
     g_c, g_r = torch.autograd.grad((c, r), leaves, ((low + high) / 2, (high - low) / 2))
     return ((g_c.abs() + g_r).flatten(1).norm(dim=1) * _UP).nan_to_num(math.inf, math.inf).detach()
 
@@ -654,13 +654,14 @@ def lipschitz_local(net: nn.Module, x: Tensor, eps: float | Tensor) -> Tensor:
 def certify(net: nn.Module, x: Tensor, gamma: float, regions: bool = False) -> dict[str, Tensor]:
     """Name of a bound -> sound radii [N] within which S <= γ stays true, or false, of x [N,...].
 
-    "global", "local" (best of 32 ε <= 1e3) and, if `regions`, "region" (D derivatives an input)."""
+    "global", "local" (best ε <= 1e3) and, if `regions`, "region" (D derivatives an input)."""
     s = energy_score(_exact(net, x)(x.double())).detach()
-    top = certified_radius(s, gamma, lipschitz_local(net, x, 0.0))  # L(ε) >= L(0): no ε beyond
-    sizes = [share * top.clamp(max=1e3) for share in torch.logspace(-3, 0, 32).tolist()]
-    local = [certified_radius(s, gamma, lipschitz_local(net, x, eps), eps) for eps in sizes]
-    radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:]))}
-    radii["local"] = torch.stack(local).amax(0)
+    low, high = 0 * s, torch.full_like(s, 1e3)  # bisection, as ε L(ε) never falls with ε
+    for _ in range(40):
+        eps = (low + high) / 2
+        holds = certified_radius(s, gamma, lipschitz_local(net, x, eps)) >= eps
+        low, high = torch.where(holds, eps, low), torch.where(holds, high, eps)
+    radii = {"global": certified_radius(s, gamma, lipschitz_global(net, x.shape[1:])), "local": low}
     if regions:
         cells = [linear_region(net, v[None]) for v in x]
         inside = [id_radius(z, A, gamma) + ood_radius(z, A, gamma) for z, A, _ in cells]  # one is 0
@@ -718,7 +719,7 @@ def attack(
     odd = not ((eps >= 0) & (eps < math.inf)).all() or ((x.clamp(*clamp) - x).abs() > 0).any()
     odd = odd or math.isnan(gamma) or min(steps, restarts) < 1
     if odd or any(m.training for m in net.modules()):
-        raise ValueError("need 0 <= eps < inf, γ, x within clamp, steps, restarts >= 1, net.eval()")
+        raise ValueError("need 0 <= eps < inf, γ not NaN, x in clamp, steps, restarts >= 1, eval()")
     limit = (eps.expand(len(x)) * (1 - 1e-4))[:, None]  # rounding x' must not lead out
     worst, s_worst, distance = x.clone(), energy_score(_logits(net(x))).detach(), 0.0 * limit[:, 0]
     if s_worst.isnan().any():
@@ -824,15 +825,15 @@ class PostHoc(NamedTuple):
 
 
 # Keys: ID data, or ID data and network; the paper gives no values. Where a source lacks a network,
-# LINe's for DenseNet serve ResNet-18 and WRN, DICE's and LINe's for ResNet-50 DenseNet-121. On
+# its values for DenseNet serve ResNet-18 and WRN, those for ResNet-50 (DICE, LINe) DenseNet-121. On
 # DenseNet-BC, ReAct has LINe's clip: most features are near 0, and a percentile clips the rest.
 POST_HOC: dict[str | tuple[str, str], PostHoc] = {
     "cifar10": PostHoc(),
-    ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0.0005 to 0.0011 by OOD set
+    ("cifar10", "wrn40_2"): PostHoc(eps=0.0006),  # ATOM's code; ODIN: 0 to 0.0014 by OOD set
     ("cifar10", "densenet100"): PostHoc(react_clip=1.0),
     "cifar100": PostHoc(eps=0.0028, line_a=10.0),  # ODIN's and LINe's for DenseNet
     ("cifar100", "densenet100"): PostHoc(eps=0.0028, line_a=10.0, react_clip=1.0),
-    "imagenet": PostHoc(dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),
+    "imagenet": PostHoc(dice_p=70.0, line_a=10.0, line_w=10.0, line_clip=0.8),  # eps: CIFAR-10's
 }
 
 
@@ -900,9 +901,9 @@ def balanced_energy_loss(
     f_in: Tensor, f_aux: Tensor, y_in: Tensor, prior: Tensor, m_in=-25.0, m_aux=-7.0,
     alpha=10.0, gamma=0.05,
 ) -> Tensor:  # fmt: skip
-    """Balanced energy (Choi et al. 2023): Eq. (1) with Σ_j w_j 1[s_j <= m_j] (m_j - s_j)² over the
-    auxiliary images, m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z. Of p = softmax(f_j), Z_j is Σ_k p_k
-    share_k, share_k ∝ prior_k^gamma; prior [K]: shares of the classes among auxiliary images."""
+    """Balanced energy (Choi et al. 2023): Eq. (1), its auxiliary term Σ_j w_j relu(m_j - s_j)² with
+    m_j = m_aux + alpha Z_j, w_j = Z_j / Σ Z, Z_j = Σ_k softmax(f_j)_k share_k and share_k ∝
+    prior_k^gamma; prior [K]: the shares of the classes among auxiliary images."""
     share = prior**gamma / (prior**gamma).sum()
     Z = (f_aux.softmax(1) * share).sum(1)  # not softmax @ share: autocast would do that in bfloat16
     weight = F.normalize(Z, p=1.0, dim=0, eps=1e-30)  # Z / Σ Z; not NaN where all underflow to 0
@@ -931,7 +932,7 @@ def poem_posterior(gram: Tensor, zy: Tensor, var=20.0, var_noise=0.5) -> tuple[T
 
 
 def poem_draw(mean: Tensor, factor: Tensor, generator: Rng = None) -> Tensor:
-    """A sample [d] of the posterior: L'⁻¹ ε has covariance (L L')⁻¹, where L is the factor."""
+    """A sample [d] of the posterior: L'⁻¹ ε, L the factor, ε ~ N(0, I), has covariance (L L')⁻¹."""
     noise = torch.randn(len(mean), 1, generator=generator, device=mean.device, dtype=mean.dtype)
     return mean + torch.linalg.solve_triangular(factor.mT, noise, upper=True)[:, 0]
 
@@ -1089,7 +1090,7 @@ def _distance(family, z, draw):
     r, a, x, y, Z, pi = z.abs(), z.angle(), z.real.abs(), z.imag.abs(), z[:, None], math.pi
     if family.startswith("outlined "):  # inwards from the edge
         return (_distance(family.removeprefix("outlined "), z, draw) + 0.12).abs() - 0.12
-    if family in ("triangle", "square", "star"):  # n tips at radius 1; b: tip to edge's normal
+    if family in ("triangle", "square", "star"):  # n tips, r = 1; b: angle of tip, edge's normal
         n, b = {"triangle": (3, pi / 3), "square": (4, pi / 4), "star": (5, 1.236)}[family]
         return r * ((a % (2 * pi / n) - pi / n).abs() - b).cos() - math.cos(b)
     if family == "cross":
@@ -1181,8 +1182,8 @@ def open_image(path: str | Path) -> Any:
 
 
 def load_image(path: str | Path, size: int = 32) -> Tensor:
-    """An image file, its short side made s = size (from 128 on: s · 256 / 224), then its centre
-    s×s: [1,s,s,3] uint8. Raises as `open_image`."""
+    """An image file, resized (short side: size, from 128 on size · 256 / 224); of it the centre
+    [1,size,size,3] uint8. Raises as `open_image`."""
     from torchvision.transforms import functional as T
 
     image, short = open_image(path), (size if size < 128 else size * 256 // 224)
@@ -1217,7 +1218,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
     import numpy as np
 
     if not os.access(path, os.R_OK):
-        raise FileNotFoundError(f"no file or folder {path} to read, and no data set of that name")
+        raise FileNotFoundError(f"no file or folder {path} to read, nor a set of that name for it")
     arrays = {}
     try:
         loaded = np.load(path, mmap_mode="c", allow_pickle=False)  # pickles run code
@@ -1247,7 +1248,7 @@ def check_set(images: Images, size: int, what: str) -> Images:
 
 
 def keep_apart(kind: str, known: Sequence[Images], others: dict, most: float = 0.01) -> None:
-    """Remark if sets of `others` have images of `known`; ValueError if over `most`. No `Files`."""
+    """Remark if `others` have images of `known`; ValueError if over a share `most`. No `Files`."""
     seen = {hash(v.tobytes()) for s in known if torch.is_tensor(s.x) for v in s.x.numpy()}
     for name, images in others.items():
         x = images.x.numpy() if torch.is_tensor(images.x) else ()
@@ -1290,7 +1291,7 @@ class Files(torch.utils.data.Dataset):
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Names of the class folders below one, sorted, as numbers if all are; ValueError below two."""
+    """Names of the class folders in `folder`, sorted, as numbers if all are; ValueError if < 2."""
     entries = [p for p in sorted(folder.glob("[!.]*")) if p.name not in LITTER]
     if len(names := [p.name for p in entries if p.is_dir()]) < 2:
         raise ValueError(f"{folder} has no folder of images for each of two classes or more")
@@ -1329,7 +1330,7 @@ IMAGENET_OOD = ("inaturalist", "sun", "places", "textures")  # of Table 3
 
 def published(name: str, root: str | Path, download: bool) -> Any:
     """The path of a published set; for CIFAR torchvision's [train, test], for SVHN its [test]. If
-    asked, the first process downloads. A file's md5 is always checked. FileNotFoundError."""
+    asked, the first process downloads. A file's md5, if known, is checked. FileNotFoundError."""
     from torchvision import datasets
 
     rank, ranks = world()
@@ -1361,7 +1362,7 @@ def load_imagenet(part: str, root: Path, classes: str, size: int) -> Images:
     names = (classes or five + ",n01877812,n02837789,n01443537,n02114367,n03857828").split(",")
     odd = sorted({*names} - {*known})[:3]
     if odd or not 2 <= len({*names}) == len(names) < len(known):
-        raise ValueError(f"imagenet:NAMES are two to all but one of {root}/train; unknown: {odd}")
+        raise ValueError(f"imagenet:NAMES: two to all but one of {root}/train, once; odd: {odd}")
     if part == "aux":
         part, names = "train", [n for n in known if n not in names]
     return class_images(root / part, names, size, part == "train")
@@ -1462,9 +1463,9 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; energy_loss stands for None, Eq. (1)
+    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; energy_loss, without options: Eq. (1)
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # the score whose gradient Eq. (3) takes; None: no Eq. (3)
+    gradient: Score | None = None  # S of Eq. (3), and of Eq. (1) then; None: no Eq. (3)
     score: str = "energy"  # not in training: the one of --scores that tells ID from OOD in tests
     recipe: str = "finetune"
     lambda_s: float = 0.1
@@ -1480,7 +1481,7 @@ def ntom_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
 
 
 def poem_pool(run: Run, order: Tensor, n: int, generator: Rng) -> Tensor:
-    """POEM's outliers of the epoch, in order: the n nearest to a boundary drawn at random."""
+    """POEM's outliers of the epoch, as `order` has them: the n nearest to a random boundary."""
     # Regress on current features: target 3 for the outliers chosen in the last four epochs, -3
     # for the ID images, each counted once per such epoch. In the first epoch: the prior.
     buffer, n, d = run.memory.get("buffer", order[:0]), min(n, len(order)), run.net.fc.in_features
@@ -1535,8 +1536,8 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
     "poem+grad": Method(energy_loss, Sampler(1, pool=poem_pool), energy_score, recipe="mining"),
 }
 
-# By SGD with Nesterov momentum 0.9. "finetune", of "greg" too (ImageNet: of all but "ce"): 6.1, lr
-# and wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
+# SGD, Nesterov momentum 0.9. "finetune" (on ImageNet of all, "ce" if it has a start): 6.1, lr and
+# wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
 # "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, + Nesterov.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
@@ -1569,7 +1570,7 @@ class Config:
     schedule: str = option(None, "cosine, or shares of the run after which lr falls (recipe)")
     batch: int = option(None, "ID images a step = clusters k, over all processes (recipe)")
     wd: float = option(None, "weight decay (recipe)")
-    candidates: int = option(6, "when sampling: auxiliary candidates for an ID image, at least")
+    candidates: int = option(6, "when sampling: least candidates an ID image (over --aux-epoch)")
     aux_epoch: int = option(600_000, "when sampling: auxiliary images an epoch (or all)")
     n_train: int = option(0, "train (eval: fit scores) on N random ID images (0: all)")
     margins: str = option("", "auto: from the start's mean scores", choices=("", "auto"))
@@ -1579,7 +1580,7 @@ class Config:
     lambda_grad: float = option(1.0, "weight of Eq. (3), for methods that have it")
     reduction: str = option("paper", "Eq. (3), or Eq. (3) / N", choices=("paper", "released"))
     grad_every: int = option(1, "Eq. (3) in every N-th step only, with N-fold weight")
-    noise: float = option(0.0, "Gaussian noise on training images, in [0,1] (for smoothing)")
+    noise: float = option(0.0, "std of Gaussian noise on training pixels in [0,1] (for smoothing)")
     stats: str = option("", "normalisation (start's, ID data's, or cifar10)", choices=("", *STATS))
     amp: bool = option(False, "bfloat16 autocast")
     sync_bn: bool = option(False, "batch statistics over all processes of torchrun")
@@ -1630,7 +1631,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
     fill = fill | {"lambda_s": method.lambda_s, "size": 224 if kind == "imagenet" else 32}
     fill = {k: v for k, v in fill.items() if getattr(c, k) is None}
     usual = c.id if kind in ("synthetic", "imagenet") else "random300k"
-    aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # ImageNet: less --id's
+    aux = c.id if kind == c.aux == "imagenet" else c.aux or usual  # imagenet:A,B: all but A, B
     if init and not had:
         had = "imagenet" if init == "torchvision" else stored(init).get("config", {}).get("stats")
     stats = c.stats or had or (kind if kind in STATS else "cifar10")
@@ -1641,7 +1642,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
     del numbers["m_in"], numbers["m_aux"]  # which may be negative
     low = [k for k, v in numbers.items() if not 0 <= v < math.inf or (k in positive and not v)]
     known = {*SCORES} - NEED_FIT - (set() if method.extra_class else {"absent"})
-    no_start = not init and (tunes or (c.margins and method.loss is energy_loss))
+    no_start = not init and (tunes or c.margins and (method.gradient or method.loss is energy_loss))
     own = method.gradient not in (None, energy_score) and not method.margins
     others = kind == c.aux.partition(":")[0] == "imagenet" and c.aux != c.id  # can overlap
     for wrong, text in (
@@ -1651,7 +1652,7 @@ def resolve(c: Config, had: str | None = None) -> Config:
         (c.margins and (c.m_in, c.m_aux) != (-25, -7), "--margins auto sets --m-in and --m-aux"),
         (not -math.inf < c.m_in < c.m_aux < math.inf, f"need m_in < m_aux: {c.m_in}, {c.m_aux}"),
         (c.margins and own, f"--margins auto is of the energy score, {c.method} has another"),
-        (others, f"--aux {c.aux} has images of --id: omit --aux"),
+        (others, f"--aux {c.aux} is not --id's and may share its images: omit --aux"),
         (method.score not in known, f"METHODS: no score {method.score!r} for it: {sorted(known)}"),
         (no_start, f"{c.method if tunes else '--margins auto'} needs a pre-trained start: --init"),
     ):
@@ -1727,7 +1728,7 @@ def load_weights(net: nn.Module, path: str | Path, state: Any = None) -> nn.Modu
         {str(k): v for k, v in d.items() if torch.is_tensor(v) and "batches_tracked" not in str(k)}
         for d in (net.state_dict(), state if isinstance(state, dict) else {})
     )
-    # Of the file take all, or the parts that we have too, or one: what has as many tensors as we.
+    # Tried: all of the file; its parts that we have too; each part. Kept: as many tensors as ours.
     part = {k: k.partition(".")[0] for k in (*ours, *theirs)}  # "module.fc.bias" -> "module"
     wanted = {part[k] for k in theirs}, {part[k] for k in ours}, *({part[k]} for k in theirs)
     found = {tuple(k for k in theirs if part[k] in parts) for parts in wanted}  # without repeats
@@ -1780,8 +1781,7 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
         else:
             differ.append(f"{key} {old} -> {new}")
     if differ:
-        what = f"another run ({', '.join(differ)})"
-        raise ValueError(f"{folder} holds {what}: give that one's options, or another folder")
+        raise ValueError(f"{folder} holds another run ({', '.join(differ)}): choose another folder")
 
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, where: Any) -> None:
@@ -1830,12 +1830,12 @@ def alone(folder: Path) -> Iterator[None]:
 # ---- The network.
 @torch.random.fork_rng(devices=[])  # the caller's generator stays as it is
 def build(c: Config, classes: Sequence[str], size: int = 32) -> Net:
-    """The network a run begins with: --init's; what that lacks (head, output K+1) by --seed."""
+    """The network a run begins with: --init's (K outputs); the rest (head, K+1st) by --seed."""
     K, outputs = len(classes), len(classes) + METHODS[c.method].extra_class
     torch.default_generator.manual_seed(c.seed % 2**63)  # the CPU's alone
     net = ARCHS[c.arch](outputs)
     if not isinstance(net, Net) or net.fc.bias is None or len(net.fc.bias) != outputs:
-        raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of as many outputs + bias")
+        raise ValueError(f"ARCHS[{c.arch!r}]({outputs}) is no greg.Net of so many outputs, biased")
     if (c.init, c.arch) == ("torchvision", "densenet121"):
         weights = published("densenet121", c.root, c.download)
         net.features = load_weights(ARCHS[c.arch](1000), weights).features
@@ -1854,18 +1854,18 @@ def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None)
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
-    """`features_and_logits` in eval mode without gradients, chunk by chunk, in float32."""
+    """`features_and_logits` in eval mode, no gradients, by chunks; as float32, if from bfloat16."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
         pairs = [features_and_logits(net, part) for part in x.split(chunk(x, 512))]
     return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
 
 
 @torch.inference_mode(False)  # with gradients, whatever the caller's mode
-def input_gradients(net: nn.Module, x: Tensor) -> Tensor:
-    """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in the space of x."""
+def input_gradients(net: nn.Module, x: Tensor, K: int | None = None) -> Tensor:
+    """‖∇S(x_i)‖₂ in eval mode for each of x [N,...], in its space; S of K logits (None: all)."""
     with eval_mode(net), torch.autocast(x.device.type, enabled=False):
         x = x.clone().detach().requires_grad_()
-        return gradient_norm(energy_score(net(x)), x).detach()
+        return gradient_norm(energy_score(net(x)[:, :K]), x).detach()
 
 
 def embed_images(run: Run, images: Images, i: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1907,17 +1907,16 @@ class Run:
 
 def start(c: Config, folder: Path, device: torch.device, ids: Images, aux: Images | None) -> Run:
     """A new run, or the folder's at the step where it stopped; ValueError if it is another."""
-    ranks, sampler = world()[1], METHODS[c.method].sampler
+    ranks, sampler, size = world()[1], METHODS[c.method].sampler, ids.x.shape[1]
     need = c.batch * (c.candidates if sampler.pick else sampler.per_id)
     if c.batch % ranks or len(ids.x) < c.batch or (aux and len(aux.x) < need):
         has = f"{len(ids.x)} ID and {len(aux.x) if aux else 0} auxiliary images, {ranks} processes"
-        raise ValueError(f"{has} give no equal shares of {c.batch}, {need} (--batch, --candidates)")
+        raise ValueError(f"{has}: a step takes {c.batch} and {need} (--batch, --candidates)")
     if none := [k for i, k in enumerate(ids.classes) if not (ids.y == i).any()]:
         raise ValueError(f"no training images of the classes {none[:5]}: a larger --n-train")
     begun = any((folder / f"checkpoint{k}.pt").exists() for k in ("", ".prev"))  # then no --init
-    size, held = ids.x.shape[1], [s.x for s in (ids, aux) if s and torch.is_tensor(s.x)]
-    some = [x[:: len(x) // 16 or 1].tolist() for x in held]  # 16 images or more of each in memory
-    marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}
+    some = [s.x[:: len(s.x) // 16 or 1].tolist() for s in (ids, aux) if s and torch.is_tensor(s.x)]
+    marks = {"labels": hashed(ids.y.tolist()), "pixels": hashed(some)}  # some: 16 or more of each
     marks |= {"n_aux": len(aux.x) if aux else 0, "classes": [*ids.classes], "size": size}
     net = build(replace(c, init="") if begun else c, ids.classes, size).to(device)
     for v in net.state_dict().values() if ranks > 1 else ():
@@ -1988,8 +1987,8 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n, m=run.steps * ranks):  # n of `order`, repeated, in m parts; ours of these
-        return [order[torch.arange(n * i // m, n * (i + 1) // m) % len(order)] for i in parts]
+    def cut(order, n, of=run.steps * ranks):  # n of `order`, repeated, in `of` parts; ours of these
+        return [order[torch.arange(n * i // of, n * (i + 1) // of) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
         key, pairs = (c.seed, run.epoch, kind), zip(parts, cut(order, n), strict=True)
@@ -2027,12 +2026,12 @@ def train_epoch(run: Run) -> None:
         aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
         # --grad-every n: in each n-th step, n-fold (lazy regularisation, Karras et al. 2020).
         on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
-        fold = c.grad_every if on else 0  # factor of Eq. (3) in this step; 0: it is left out
-        fold /= ranks if c.reduction == "released" else 1  # / N: N is of the images of all ranks
+        fold = c.grad_every if on else 0  # factor of lambda_grad in this step; 0: no Eq. (3)
+        fold /= ranks if c.reduction == "released" else 1  # its N: greg_loss's, times the ranks
         options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-            out = greg_loss(run.net, x_in, y_in, x_aux, *options)  # the same with neither, slower
+            out = greg_loss(run.net, x_in, y_in, x_aux, *options)  # the mode saves time alone
         run.optimizer.zero_grad()  # in here, as a CUDA graph owns the .grad that it makes
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
@@ -2068,7 +2067,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
     means = dict(zip(TERMS, (run.sums / run.step).tolist(), strict=True))
     if bad := [k for k in (*TERMS[1:], "loss") if not math.isfinite(means[k])]:  # last: their sum
         where = f"not finite in epoch {run.epoch + 1}, step {run.step} of {run.folder}"
-        why = "--lr or --lambda-grad is too large, or --stats not the start's"
+        why = "--lr (or, if in use, --lambda-grad) is too large, or --stats not the start's"
         raise FloatingPointError(f"the {bad[0]} term is {where}: {why}")
     some = [f"{k} {v:.2g}" for k, v in means.items() if v and k not in ("ce", "auxiliary")]
     progress.set_postfix_str(" ".join(some), refresh=False)
@@ -2077,7 +2076,7 @@ def look(run: Run, progress: Any) -> dict[str, float]:
         save(run)
     if stop:  # all processes, though the signal may have met one
         progress.close()
-        average(stop)  # waits until the first has saved: torchrun stops all when one has left
+        average(stop).item()  # waits until the first has saved: torchrun stops all if one leaves
         number = run.stopped_by or int(signal.SIGTERM)
         remark(f"signal {number}, saved {run.folder}: the command goes on from here")
         raise SystemExit(128 + number)
@@ -2102,20 +2101,20 @@ def end_epoch(run: Run, row: dict[str, float]) -> None:
 def log(run: Run, row: dict[str, float]) -> dict[str, float]:
     """Add to `row`, for Figure 3 and warnings, measures of 256 images in eval mode; log it."""
     s, sets = {}, {"in": run.train_set} | ({"aux": run.aux_set} if run.aux_set else {})
+    K = len(run.train_set.classes)  # without "absent"
     for kind, images in sets.items():
         images = images.some(256)
         x = to_input(run, images.pixels())
-        logits, parts = embed(run.net, x)[1], bar(x.split(chunk(x)), f"probe {kind}")
-        norms, s[kind] = [input_gradients(run.net, v) for v in parts], energy_score(logits)
+        logits, parts = embed(run.net, x)[1][:, :K], bar(x.split(chunk(x)), f"probe {kind}")
+        norms, s[kind] = [input_gradients(run.net, v, K) for v in parts], energy_score(logits)
         row[f"probe_s_{kind}"] = s[kind].mean().item()
         row[f"probe_gradient_{kind}"] = torch.cat(norms).mean().item()
         if kind == "in":
-            hit = logits[:, : len(images.classes)].argmax(1).cpu() == images.y
-            row["probe_accuracy"] = hit.float().mean().item()
+            row["probe_accuracy"] = (logits.argmax(1).cpu() == images.y).float().mean().item()
     if run.aux_set:
         row["probe_energy"] = energy_loss(*s.values(), run.config.m_in, run.config.m_aux).item()
     if not all(map(math.isfinite, row.values())):  # `look` saw the loss before the last update
-        raise FloatingPointError(f"{run.folder} has NaN in its weights: a smaller --lr")
+        raise FloatingPointError(f"{run.folder}: weights are NaN or too large (--lr), or margins")
     run.rows = [*(r for r in run.rows if r["epoch"] < row["epoch"]), row]
     write_atomically(run.folder / "log.jsonl", "".join(json.dumps(r) + "\n" for r in run.rows))
     return row
@@ -2142,13 +2141,13 @@ class FastDoubleBackward(torch.overrides.TorchFunctionMode):
 
 class _Fast(torch.autograd.Function):
     """forward(*inputs) is y, *more, and backward(create_graph, g, *inputs[:kept], *more) the
-    gradients in the inputs, g being that in y; with create_graph they are ∇S, else the loss's."""
+    gradients in the inputs, g being that in y: toward ∇S if create_graph, else of the loss."""
 
     @staticmethod
     def forward(ctx, mode, kept, forward, backward, *inputs):
         y, *more = forward(*inputs)
         ctx.save_for_backward(*inputs[:kept], *more)
-        ctx.mode, ctx.rule, mode.over = mode, backward, False  # a mode may be entered again
+        ctx.mode, ctx.gradients, mode.over = mode, backward, False  # a mode may be entered again
         return y
 
     @staticmethod
@@ -2156,7 +2155,7 @@ class _Fast(torch.autograd.Function):
         create_graph = torch.is_grad_enabled()
         if create_graph and ctx.mode.over:
             raise RuntimeError("FastDoubleBackward differentiates ∇S at images, once: leave it out")
-        return None, None, None, None, *ctx.rule(create_graph, g, *ctx.saved_tensors)
+        return None, None, None, None, *ctx.gradients(create_graph, g, *ctx.saved_tensors)
 
 
 def _relu(x, inplace=False):
@@ -2204,7 +2203,7 @@ def _batch_norm(x, m, v, weight=None, bias=None, training=False, **more):  # mom
 
 
 def _batch_norm_backward(g, x, w, mean, r, in_all=True):
-    """w r P(g) with P(g) = g - mean(g) - x̂ mean(g x̂), and the sums of g x̂ and of g: one kernel."""
+    """w r P(g), r = 1 / std, P(g) = g - mean(g) - x̂ mean(g x̂); the sums of g x̂ and of g."""
     options = None, None, mean, r, True, 0.0, (in_all, True, in_all)
     return torch.ops.aten.native_batch_norm_backward(g, x, w, *options)
 
@@ -2284,7 +2283,7 @@ def score_images(net: Net, x: Tensor, K: int, fit: Fit, names: Sequence[str]) ->
     """The predicted "class" and the named scores of normalised images [N,C,H,W], each [N]."""
     z, f = embed(net, x)
     f = f[:, :K]
-    with eval_mode(net):  # for scores of one's own; ours see to it
+    with eval_mode(net):  # for rows of SCORES that you add; ours set the mode themselves
         return {"class": f.argmax(1)} | {k: SCORES[k](net, x, f, z, fit).detach() for k in names}
 
 
@@ -2307,9 +2306,9 @@ def evaluate(
         rows = [score_images(net, x, K, fit, names) for x in parts(images, f"score {key}")]
         raw |= {f"{k}/{key}": torch.cat([row[k] for row in rows]).cpu() for k in rows[0]}
         few = parts(images.some(1000), f"‖∇S‖ {key}")
-        norms[key] = torch.cat([input_gradients(net, x) for x in few]).mean().item()
+        norms[key] = torch.cat([input_gradients(net, x, K) for x in few]).mean().item()
     accuracy = (raw["class/id"] == test_set.y.cpu()).double().mean().item()
-    if accuracy <= 1 / K + len(test_set.x) ** -0.5:  # two standard errors, or more
+    if accuracy <= 1 / K + len(test_set.x) ** -0.5:  # > 2 σ, as σ <= 1 / (2 √N)
         remark(f"warning: ID accuracy {accuracy:.1%} is chance: other --stats, or other labels?")
     metrics = {n: {k: ood_metrics(raw[f"{n}/id"], raw[f"{n}/{k}"]) for k in ood} for n in names}
     keys = "fpr95", "auroc", "aupr_in", "aupr_out", "fpr95_ood_positive"
@@ -2324,12 +2323,12 @@ def evaluate(
 
 
 def load_sets(c: Config) -> tuple[Images, Images, dict[str, Images]]:
-    """A run's ID training and test images, OOD sets (or the usual); ValueError: trained on."""
+    """A run's ID training and test images, OOD sets (or the usual); ValueError: in --aux's path."""
     imagenet = "imagenet" in (v.partition(":")[0] for v in (c.id, c.aux))
     used = one_spelling(Path(c.root, "imagenet/train") if imagenet else c.aux)
     for path in (Path(one_spelling(v.partition("=")[2])) for v in c.ood if used and "=" in v):
         if path.is_relative_to(used) or (Path(used).is_dir() and Path(used).is_relative_to(path)):
-            raise ValueError(f"--ood {path}: images of {used} are trained on; give another path")
+            raise ValueError(f"--ood {path}: shares a path with {used}, trained on: use another")
     own = {"synthetic": ["synthetic"], "imagenet": IMAGENET_OOD}.get(c.id.split(":")[0], PAPER_OOD)
     with bar(None, "read the data", total=1):
         train_set, test_set = load_id(c.id, c.root, c.download, c.size)
@@ -2354,12 +2353,13 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
         return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
     if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
         raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
-    m = METHODS[c.method]
+    m = METHODS[c.method]  # below: options, by name -> does this method use them?
     on = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
-    on |= {"aux": c.aux, "m_in m_aux margins": c.aux and not m.margins, "cuda_graph": not m.prepare}
+    margins = not m.margins and (m.loss is energy_loss or m.gradient or m.prepare)
+    on |= {"aux lambda_s": c.aux, "m_in m_aux margins": margins, "cuda_graph": not m.prepare}
     unused = " ".join(names for names, used in on.items() if not used).split()  # options
     if idle := [k for k in unused if getattr(config, k) != getattr(Config, k)]:  # yet given
-        remark(f"left out, as {c.method} takes none: {' '.join(idle)}")
+        remark(f"of no effect, as {c.method} takes none: {' '.join(idle)}")
     with alone(folder):
         train_set, test_set, ood = load_sets(replace(c, n_train=0))  # to be compared whole
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
@@ -2425,15 +2425,15 @@ def certify_report(
     net: nn.Module, x_in: Tensor, x_out: dict[str, Tensor], epsilons=(0.05, 0.1, 0.25, 0.5),
     sigma=0.1, n=500, alpha=0.001, local=True, gamma: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """FPR95 and AUROC, clean and under ℓ2 perturbations of OOD inputs up to ε, by set, ε and kind.
+    """["sets"][name][ε][kind]: FPR95 and AUROC under ℓ2 perturbations of OOD inputs up to ε.
     net: on [0,1] pixels, eval mode; x_in [N,...]; x_out, name -> [M,...]. Kinds: "attacked": PGD;
-    "certified": by the global and, if `local`, local bound, left out where a layer has no global
-    rule, an error where it has no local one; "smoothed" (n > 0): another detector, medians under
-    noise, each radius with probability 1-alpha, AUROC at ε = 0 alone. FPR95: at a detector's own
-    threshold on x_in. "id_rejected": the share of x_in attacked over gamma (None: S's own)."""
+    "certified": bounds, global and, if `local`, local; without a global rule of a layer left out,
+    without a local one an error; "smoothed" (n > 0): another detector, S its median under noise,
+    AUROC at ε = 0 alone, a radius, "reach" at most, true with probability 1-alpha. FPR95: at each
+    detector's threshold on x_in. "id_rejected": of x_in under attack, those over gamma (or S's)."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
-        raise ValueError("certificates need images of each set, eps and sigma > 0, and draws >= 0")
+        raise ValueError("certificates need images of each set, finite eps, sigma > 0, draws >= 0")
     reach = -smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha).item() if n else 0.0  # all agree
     g, lipschitz, exact = rng(x_in.device, "certificates"), None, None
 
@@ -2483,7 +2483,7 @@ def certify_run(folder: Any, device: Any, n_images: int, given: dict, **options:
     """`certify_report` of a run on `n_images` of each set; `given`: other data options."""
     net, c, state = load_run(folder, device)
     if state["score"] != "energy" or METHODS[c.method].extra_class:
-        raise ValueError(f"{folder}: certificates are of the energy score of the classes alone")
+        raise ValueError(f"{folder}: its score is not the energy of its classes, the one certified")
     _, test_set, ood = load_sets(replace(c, **given))
     check_classes(state, test_set.classes, test_set.x.shape[1], folder)
     model = nn.Sequential(Normalize(*STATS[c.stats]), net).to(device).eval()
@@ -2502,7 +2502,7 @@ def shown(header: Sequence[str], rows: Sequence[Sequence[Any]], file: bool = Fal
     columns = [[str(v) for v in column] for column in zip(header, *rows, strict=True)]
     same = [c for c in columns[1:] if len(rows) > 1 and len({*c[1:]}) == 1]
     first, *others = ([v.ljust(max(map(len, c)) + 2) for v in c] for c in columns if c not in same)
-    blocks = [[f"{c[0]}: {c[1]}" for c in same], first]
+    blocks = [[f"{c[0]}: {c[1]}" for c in same], first]  # constants; then parts of the width
     for column in others:
         if len(blocks[-1][0] + column[0]) > shutil.get_terminal_size().columns:
             blocks.append(first)
@@ -2534,7 +2534,7 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             if c.seed in seeds:
                 remark(f"warning: {name}, seed {c.seed}, is there twice, with the same options")
             seeds[c.seed] = [[r["accuracy"]], *pairs, [g_in], [statistics.fmean(g_out)]]
-    for (data, _, *sets), rows in tables.items():
+    for (data, paths, *sets), rows in tables.items():
         lines = []
         for (name, c), seeds in rows.items():
             others = [vars(o) for n, o in rows if n == name]
@@ -2545,12 +2545,12 @@ def results_table(results: Sequence[dict[str, Any]], file: bool = False) -> str:
             lines.append([", ".join(label), c.arch, path_stem(c.aux or "none"), len(seeds), *cells])
         header = ["method", "network", "auxiliary", "seeds", "ID accuracy", *sets]
         text += shown([*header, "‖∇S‖ ID", "‖∇S‖ OOD"], lines, file)
-        text += f"\nFPR95 / AUROC in %; ID data {data}.\n"
+        text += f"\nFPR95 / AUROC in %; ID data {', '.join((data, *paths))}.\n"
     return text
 
 
-# The paper's tables: "number data networks sets metrics", whose product is the columns, then rows
-# "label, method (or a score of ce), figures", one a line or after a |.
+# Tables: a head "number data networks sets metrics", whose product is COLUMNS, and rows "label name
+# figures", one a line or after a |; name: a method, or a score of the runs of ce.
 _PAPER = """\
 1 cifar10 resnet18,wrn40_2,densenet100 mean fpr95,auroc | MSP msp 58.04 90.49 51.52 90.8 52.56 91.7
 ODIN odin 34.46 91.59 35.23 89.82 24.88 94.42 | Energy_score ce 39.32 92.24 33.4 91.76 28.99 94.09
@@ -2767,7 +2767,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
             result[f"‖∇S‖ {side}"] = input_gradients(net, x).mean().item()
             x = x[(x.abs() < 2).all(1)][:points]
             radii = certify(net, x, gamma, True)
-            sizes = torch.logspace(-2, 0.55, 120).repeat_interleave(len(x))  # 120 · len(x), at once
+            sizes = torch.logspace(-2, 0.55, 120).repeat_interleave(len(x))  # size j: all x, once
             found = attack(net, x.repeat(120, 1), gamma, sizes, generator=g)
             distance = found.distance.view(120, -1).amin(0)
             best = radii["best"] = torch.stack([*radii.values()]).amax(0)
@@ -2789,7 +2789,7 @@ def figure_1(path: Path, seed: int = 0, steps: int = 1500, points: int = 40) -> 
 def command_demo(args: argparse.Namespace) -> None:
     """pre-train, fine-tune and attack on built-in images, in some minutes a seed"""
     runs, cells, seeds = args.runs / "demo", {}, args.seeds or SEEDS
-    short = {"epochs": 2, "n_train": 4992, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
+    short = {"epochs": 2, "n_train": 156 * 32, "lr": 0.01, "schedule": "cosine", "margins": "auto"}
     for seed, method in itertools.product({*seeds}, ("ce", "energy", "greg", "greg+")):
         folder, first = (runs / m / f"seed{seed}" for m in (method, "ce"))
         more = {"epochs": 8} if method == "ce" else short | {"init": str(first)}
@@ -2820,7 +2820,7 @@ def command_eval(args: argparse.Namespace) -> None:
     """evaluate a run, or a weights file, on OOD sets by any scores"""
     source, given = args.run or args.weights, chosen(args)
     state = stored(source) if source else {}
-    if (args.run and args.weights) or not (state or args.weights):
+    if (args.run and args.weights) or not (state or args.weights and {"arch", "id"} <= {*given}):
         raise ValueError("need either a run, before the options, or --weights, --arch and --id")
     if args.out and (args.out / "checkpoint.pt").exists():
         raise ValueError("--out is a run's own folder: its results are those of its training")
@@ -2876,11 +2876,11 @@ def command_table(args: argparse.Namespace) -> None:
     runs, results = table_runs(args), []
     done = {folder: r for folder in runs if (r := read_results(folder))}
     paper_table(args.number, [*done.values()])  # only to raise, for mixed OOD sets
-    ood = next((r["config"]["ood"] for r in done.values()), ())  # new runs take these
+    ood = next((v for r in done.values() if (v := r["config"]["ood"])), ())  # new runs take these
     if ood and "ood" not in chosen(args):
         remark(f"OOD sets, as of the finished runs: {' '.join(ood)}")
     runs = {f: replace(runs[f], ood=runs[f].ood or ood) for f in [*done, *runs]}  # done: first
-    plans = {f: resolve(c, c.stats or "cifar10") for f, c in runs.items()}  # raises for bad options
+    plans = {f: resolve(c, c.stats or "cifar10") for f, c in runs.items()}  # stats: no --init yet
     new = {(p.id, p.aux): p for f, p in plans.items() if p.aux and f not in done}
     for p in () if args.read or args.dry_run else new.values():  # only to raise, before hours of ce
         load_aux(p.aux, p.root, p.download, load_id(p.id, p.root, p.download, p.size)[0].x.shape[1])
@@ -2905,7 +2905,7 @@ def command_certify(args: argparse.Namespace) -> None:
     """attack and certify a run's decisions: a table, and a figure of the curves"""
     load_run(args.run, "cpu")  # raises for none, before a folder is made
     folder = args.out or (args.run.parent if args.run.is_file() else args.run)
-    options = {"epsilons": args.eps} if args.eps else {}
+    options = {"epsilons": sorted({*args.eps})} if args.eps else {}
     options |= {"sigma": args.sigma, "n": args.draws, "local": args.local}
     with alone(folder):
         report = certify_run(args.run, args.device, args.images, chosen(args), **options)
@@ -2918,7 +2918,7 @@ def command_certify(args: argparse.Namespace) -> None:
     say(shown(["OOD set", "ℓ2 ε", *row], cells))  # every row has the same keys
     rejected = ", ".join(f"{100 * v:.1f} at {eps:g}" for eps, v in report["id_rejected"].items())
     reach = f" Smoothing certifies to ε = {report['reach']:.3g} at most." if args.draws else ""
-    say(f"FPR95 / AUROC in %; ε = 0 is clean. ID rejected under attack, %: {rejected}.{reach}")
+    say(f"FPR95 (γ of these) / AUROC in %; ε = 0: clean. ID over the run's γ: {rejected}.{reach}")
     if "certified" not in row:
         say("No deterministic certificate: the network has layers without a rule.")
     write_atomically(folder / "certificates.json", json.dumps(report, indent=1, allow_nan=False))
