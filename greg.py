@@ -2855,7 +2855,8 @@ def command_predict(args: argparse.Namespace) -> int:
             try:
                 x = normalise(load_image(path, state["size"]).to(args.device), *STATS[c.stats])
                 k, s = (v.item() for v in score_images(net, x, len(classes), fit, [name]).values())
-                row = classes[k], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma else "OOD"
+                same = math.isclose(s, gamma, rel_tol=1e-6)  # γ's own image, rounded otherwise
+                row = classes[k], f"{s:.3f}", f"{gamma:.3f}", "ID" if s <= gamma or same else "OOD"
             except (OSError, ValueError) as e:
                 row, code = ("", "", f"{gamma:.3f}", f"error: {e}"), 2
             lines.append([path, *row])

@@ -1876,19 +1876,19 @@ def test_predict_decides_by_the_threshold_and_goes_on(lab, cli, tmp_path, monkey
     for i, image in enumerate(images):
         Image.fromarray(image.numpy()).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "a|b.png").write_bytes((tmp_path / "00.png").read_bytes()[:99])
-    (net, _, state), gamma = greg.load_run(lab / "ce", CPU), done["gamma"]["energy"]
+    (net, c, state), gamma = greg.load_run(lab / "ce", CPU), done["gamma"]["energy"]
     _, f = greg.embed(net, greg.normalise(images, *greg.STATS["cifar10"]))
-    ((header, *rows),) = table_rows(cli(f"predict ce {tmp_path} none.png", 2)[0])
+    ((header, *rows, bad, none),) = table_rows(cli(f"predict ce {tmp_path} none.png", 2)[0])
     assert header == ["image", "class", "score", "gamma", "decision"] and state["gamma"] == gamma
-    *rows, bad, none = rows  # a folder in the order of its names
     for i, (row, s) in enumerate(zip(rows, greg.energy_score(f).tolist(), strict=True)):
         wanted = f"{tmp_path}/{i:02d}.png", str(f[i].argmax().item()), pytest.approx(s, abs=2e-3)
         assert (*row[:2], float(row[2])) == wanted and row[3] == f"{gamma:.3f}"
         assert row[4] == ("ID" if s <= gamma else "OOD")
     assert {row[4] for row in rows} == {"ID", "OOD"}
     assert "error" in bad[4] and r"a\|b" in bad[0] and "none.png" in none[4]
-    monkeypatch.setattr(greg, "load_image", Mock(side_effect=[images[:1], KeyboardInterrupt()]))
-    assert len(table_rows(cli(f"predict ce {tmp_path}/00.png none.png", 130)[0])[0]) == 2
+    monkeypatch.setattr(greg, "load_image", Mock(side_effect=[images[11:], KeyboardInterrupt()]))
+    monkeypatch.setattr(greg, "load_run", lambda *_: (net, c, state | {"gamma": s * (1 + 5e-7)}))
+    assert [row[4] for row in table_rows(cli("predict ce a b", 130)[0])[0]] == ["decision", "ID"]
 
 
 def test_eval_of_a_run_or_of_a_weights_file_gives_the_runs_figures(lab, cli, tmp_path):
