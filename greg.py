@@ -76,11 +76,11 @@ class Net(nn.Module):
 
 
 class Residual(nn.Module):
-    """x -> body(x) + shortcut(x)."""
+    """x -> body(x) + shortcut(x); without a shortcut body(x) + x."""
 
-    def __init__(self, body: nn.Module, shortcut: nn.Module):
+    def __init__(self, body: nn.Module, shortcut: nn.Module | None = None):
         super().__init__()
-        self.body, self.shortcut = body, shortcut
+        self.body, self.shortcut = body, nn.Identity() if shortcut is None else shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x) + self.shortcut(x)
@@ -88,9 +88,6 @@ class Residual(nn.Module):
 
 class Concat(Residual):
     """x -> [x, body(x)] along the channels: a Residual that joins instead of adding."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__(body, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.shortcut(x), self.body(x)], dim=1)
@@ -132,7 +129,7 @@ def resnet18(K: int) -> Net:
     for c in 64, 64, 128, 128, 256, 256, 512, 512:
         stride = 1 if c == c_in else 2
         body = [_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3), nn.BatchNorm2d(c)]
-        shortcut = [] if c == c_in else [_conv(c_in, c, 1, stride), nn.BatchNorm2d(c)]  # []: x
+        shortcut = [] if c == c_in else [_conv(c_in, c, 1, stride), nn.BatchNorm2d(c)]  # [] is x
         layers += [Residual(nn.Sequential(*body), nn.Sequential(*shortcut)), nn.ReLU()]
         c_in = c
     return Net(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), 512, K)
@@ -147,7 +144,7 @@ def wrn(depth: int, width: int, K: int) -> Net:
         c, stride = 16 * width * 2**stage, (2 if stage and not block else 1)
         body = [*_bn_relu_conv(c_in, c, 3, stride), *_bn_relu_conv(c, c, 3)]
         if c_in == c:
-            layers += [Residual(nn.Sequential(*body), nn.Identity())]
+            layers += [Residual(nn.Sequential(*body))]
         else:  # where shapes change, the shortcut too starts after the first BN-ReLU
             layers += [*body[:2], Residual(nn.Sequential(*body[2:]), _conv(c_in, c, 1, stride))]
         c_in = c
@@ -208,8 +205,8 @@ def energy_loss(s_in: Tensor, s_aux: Tensor, m_in: float = -25.0, m_aux: float =
 def gradient_norm(s: Tensor, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """mask_i ‖∂(Σ_j mask_j s_j)/∂x_i‖₂ for all i, differentiable; s [N] or [N,1], x [N,...] -> [N].
 
-    In eval mode s_i depends on x_i alone: mask_i ‖∇S(x_i)‖. In training mode batch norm ties s_j
-    to every x_i: mask_j leaves out s_j, mask_i the norm at x_i. ValueError: gradients off."""
+    mask: 0 or 1. In eval mode s_i depends on x_i alone: mask_i ‖∇S(x_i)‖. In training mode batch
+    norm ties s_j to every x_i: mask_j drops s_j, mask_i the norm. ValueError: gradients off."""
     if not (x.requires_grad and s.requires_grad and torch.is_grad_enabled()):
         raise ValueError("∇S needs x.requires_grad_() first, no torch.no_grad(), or lambda_grad=0")
     mask = torch.ones_like(s) if mask is None else mask.to(s.dtype).view_as(s)
@@ -227,8 +224,7 @@ def gradient_loss(
     Norm 0 where Eq. (1) still pushes. Of s [N] and x [N,...] the first n_in are ID. In training
     mode ∇S is `gradient_norm`'s. "released": Eq. (3) / len(s), the scale of the authors' code."""
     if reduction not in ("paper", "released") or not 0 < n_in < len(s):
-        need = 'need reduction="paper" or "released", ID and auxiliary samples (0 < n_in < N)'
-        raise ValueError(f"{need}, got {reduction!r}, n_in={n_in}, N={len(s)}")
+        raise ValueError(f"need paper or released, 0 < n_in < N: {reduction=}, {n_in=}, {len(s)=}")
     norm = gradient_norm(s, x, torch.cat([s[:n_in] <= m_in, s[n_in:] >= m_aux]))
     return (norm[:n_in].mean() + norm[n_in:].mean()) / (1 if reduction == "paper" else len(s))
 
@@ -257,12 +253,12 @@ def greg_loss(
     sizes or dtypes that differ, or integers; for (3) a part of `net` compiled, or in DDP with
     static_graph. Checkpointed attention: backward() too under `sdpa_kernel(SDPBackend.MATH)`."""
     if aux_loss is None and not -math.inf < m_in < m_aux < math.inf:
-        raise ValueError(f"need m_in < m_aux (low means ID), got {m_in}, {m_aux}")
+        raise ValueError(f"need finite m_in < m_aux (low means ID), got {m_in}, {m_aux}")
     n, kinds = len(x_in), [f"{x.dtype} {[*x.shape[1:]]}" for x in (x_in, x_aux)]
     if not n or kinds[0] != kinds[1] or not x_in.is_floating_point():
         raise ValueError(f"need float ID and auxiliary images of one size: {n} ID, {kinds}")
     for m in net.modules() if lambda_grad else ():
-        # Set by torch.compile(m), m.compile(), DDP(static_graph=True); then by compile(m.forward).
+        # Marks of torch.compile(m), m.compile(), DDP(static_graph=True); then compile(m.forward).
         marks = [getattr(m, k, None) for k in ("_orig_mod", "_compiled_call_impl", "static_graph")]
         if any(marks) or hasattr(getattr(m, "forward", None), "get_compiler_config"):
             raise ValueError(f"{type(m).__name__} is compiled or has static_graph: Eq. (3) is lost")
@@ -293,7 +289,7 @@ def features_and_logits(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     for _, args, output in caught:
         if args and output is f and f.dim() == 2:  # args is () if z was passed by keyword
             return args[0], f
-    raise ValueError(f"the output of {type(net).__name__} is not a linear layer's, or not [N,K]")
+    raise ValueError(f"{type(net).__name__} gives no [N,K] of a linear layer, or is compiled")
 
 
 @contextlib.contextmanager
@@ -312,10 +308,10 @@ def eval_mode(net: nn.Module) -> Iterator[nn.Module]:
 def energy_sampling(z: Tensor, s: Tensor, k: int, generator: Rng = None, ends=(0, -1)) -> Tensor:
     """Algorithm 1, lines 2-8 (1: `features_and_logits`): z [N,d], s [N] -> len(ends)·k indices.
 
-    Of each of k = n_ID clusters of normalised z the lowest (ends 0) and the highest s (-1), meant
-    for Eqs. (1) and (3); but both see all 2k, and act on those on their side of the margin. What
-    clusters of one lack is drawn from the rest, and comes last. All distinct. ends=(0,), s =
-    `absent`(f): DOS (Jiang et al. 2024). ValueError: N < len(ends)·k, NaN in s, z not finite."""
+    Of each of k = n_ID clusters of normalised z the lowest s (ends 0), meant for Eq. (1), and the
+    highest (-1), for Eq. (3); but `greg_loss` gives all 2k to both, and their margins decide. What
+    clusters of one or none lack is drawn from the rest, and comes last. All distinct. ends=(0,), s
+    = `absent`(f): DOS (Jiang et al. 2024). ValueError: N < len(ends)·k, NaN in s, z not finite."""
     n = len(ends) * k
     if s.shape != z.shape[:1] or k < 1 or n > len(s) or s.isnan().any():
         of = f"{len(z)} candidates (scores {list(s.shape)}, {int(s.isnan().sum())} of them NaN)"
@@ -1463,10 +1459,10 @@ class Sampler(NamedTuple):
 class Method(NamedTuple):
     """A training method: auxiliary loss × sampler × gradient term × score, and its recipe."""
 
-    loss: Callable[..., Tensor]  # `aux_loss` of `greg_loss`; energy_loss, without options: Eq. (1)
+    loss: Callable[..., Tensor]  # `greg_loss`'s aux_loss; energy_loss: Eq. (1), without options
     sampler: Sampler = Sampler()
-    gradient: Score | None = None  # S of Eq. (3), and of Eq. (1) then; None: no Eq. (3)
-    score: str = "energy"  # not in training: the one of --scores that tells ID from OOD in tests
+    gradient: Score | None = None  # S, of all outputs, of Eq. (3), then of (1) too; None: no (3)
+    score: str = "energy"  # a name in --scores, for tests alone: tells ID from OOD
     recipe: str = "finetune"
     lambda_s: float = 0.1
     extra_class: bool = False  # K + 1 outputs, the last one for "absent"
@@ -1537,7 +1533,7 @@ METHODS = {  # loss, sampler, gradient, score, recipe, lambda_s, extra_class, pr
 }
 
 # SGD, Nesterov momentum 0.9. "finetune" (on ImageNet of all, "ce" if it has a start): 6.1, lr and
-# wd the energy authors', batch the paper's code. "greg+": 6.1, batch and wd the paper's code.
+# wd the energy authors', batch the paper's code. "greg+": 6.1, batch, wd: defaults of that code.
 # "pretrain": energy's and OE's code; "mining": NTOM's, POEM's, DOS's; "openmix": its, + Nesterov.
 RECIPES = {
     "pretrain": {"epochs": 100, "lr": 0.1, "schedule": "cosine", "batch": 128, "wd": 5e-4},
@@ -1854,7 +1850,7 @@ def chunk(x: Tensor | Files, gpu: int = 128, device: torch.device | None = None)
 
 
 def embed(net: nn.Module, x: Tensor, amp: bool = False) -> tuple[Tensor, Tensor]:
-    """`features_and_logits` in eval mode, no gradients, by chunks; as float32, if from bfloat16."""
+    """`features_and_logits` in eval mode, no gradients, by chunks; float32, whatever the net's."""
     with eval_mode(net), torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, amp):
         pairs = [features_and_logits(net, part) for part in x.split(chunk(x, 512))]
     return tuple(torch.cat(v).float() for v in zip(*pairs, strict=True))
@@ -1987,7 +1983,7 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     g, ids, aux = rng("cpu", c.seed, run.epoch, "order"), run.train_set, run.aux_set
     parts = range(run.step * ranks + rank, run.steps * ranks, ranks)  # of this process
 
-    def cut(order, n, of=run.steps * ranks):  # n of `order`, repeated, in `of` parts; ours of these
+    def cut(order, n, of=run.steps * ranks):  # ours of `of` parts of n indices, `order` repeated
         return [order[torch.arange(n * i // of, n * (i + 1) // of) % len(order)] for i in parts]
 
     def crops(kind, images, order, n):
@@ -2020,18 +2016,18 @@ def batches(run: Run) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 def train_epoch(run: Run) -> None:
     """The rest of the current epoch by L = L_CE + λ_S L_S + λ_∇S L_∇S (Section 4.1)."""
     c, method, (rank, ranks), began = run.config, METHODS[run.config.method], world(), time.time()
-    (m_in, m_aux), score = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
+    (m_in, m_aux), S = method.margins or (c.m_in, c.m_aux), method.gradient or energy_score
 
-    def differentiate(x_in, y_in, x_aux, **context):  # -> the step's TERMS; sets weights' .grad
-        aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **context)
+    def differentiate(x_in, y_in, x_aux, **options):  # -> the step's TERMS; sets weights' .grad
+        aux_loss = None if method.loss is energy_loss else functools.partial(method.loss, **options)
         # --grad-every n: in each n-th step, n-fold (lazy regularisation, Karras et al. 2020).
         on = method.gradient and (run.epoch * run.steps + run.step) % c.grad_every == 0
         fold = c.grad_every if on else 0  # factor of lambda_grad in this step; 0: no Eq. (3)
-        fold /= ranks if c.reduction == "released" else 1  # its N: greg_loss's, times the ranks
-        options = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, score, aux_loss
+        fold /= ranks if c.reduction == "released" else 1  # N of all ranks: greg_loss's times ranks
+        rest = m_in, m_aux, c.lambda_s, c.lambda_grad * fold, c.reduction, S, aux_loss  # in order
         run.net.train()
         with torch.autocast(run.device.type, torch.bfloat16, c.amp), FastDoubleBackward():
-            out = greg_loss(run.net, x_in, y_in, x_aux, *options)  # the mode saves time alone
+            out = greg_loss(run.net, x_in, y_in, x_aux, *rest)  # the mode saves time alone
         run.optimizer.zero_grad()  # in here, as a CUDA graph owns the .grad that it makes
         out.loss.backward()
         hit = out.logits[: len(y_in), : len(run.train_set.classes)].argmax(1) == y_in
@@ -2048,8 +2044,8 @@ def train_epoch(run: Run) -> None:
         if method.sampler.pick:  # Algorithm 1
             z, f = embed(run.net, x_aux, c.amp)
             x_aux = x_aux[method.sampler.pick(z, f, len(x_in), g)]
-        x_aux, context = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
-        run.sums += average(step(x_in, y_in, x_aux, **context))  # L_CE, Eqs. (1), (3), backward
+        x_aux, options = method.prepare(run, x_in, x_aux, g) if method.prepare else (x_aux, {})
+        run.sums += average(step(x_in, y_in, x_aux, **options))  # L_CE, Eqs. (1), (3), backward
         for v in [*(p.grad for p in run.net.parameters()), *run.net.buffers()] if ranks > 1 else ():
             if v is not None and v.is_floating_point():  # one gradient and one set of statistics
                 v.copy_(average(v))
