@@ -2340,15 +2340,6 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     done, file = read_results(folder), folder / "checkpoint.pt"
     had = (done or (stored(file) if file.exists() else {})).get("config", {})  # of a run begun here
     c = resolve(replace(config, ood=config.ood or had.get("ood", ())), had.get("stats"))
-    if done:
-        check_same(c, done["config"], folder)
-        own = with_whole_paths(saved_config(done["config"])).ood or [*done["gradient_norm"]][1:]
-        if c.ood and {*c.ood} != {*own}:
-            raise ValueError(f"{folder} is finished, on other OOD sets: greg.py eval {folder}")
-        remark(f"{folder} is finished: its results are read")
-        return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
-    if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
-        raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     m = METHODS[c.method]  # below: options, by name -> does this method use them?
     on = {"lambda_grad reduction grad_every": m.gradient, "candidates aux_epoch": m.sampler.pick}
     margins = not m.margins and (m.loss is energy_loss or m.gradient or m.prepare)
@@ -2356,6 +2347,16 @@ def train(config: Config, folder: str | Path, device: str | torch.device = "cpu"
     unused = " ".join(names for names, used in on.items() if not used).split()  # options
     if idle := [k for k in unused if getattr(config, k) != getattr(Config, k)]:  # yet given
         remark(f"of no effect, as {c.method} takes none: {' '.join(idle)}")
+        c = replace(c, **{k: m.lambda_s if k == "lambda_s" else getattr(Config, k) for k in idle})
+    if done:
+        check_same(c, done["config"], folder)
+        own = with_whole_paths(saved_config(done["config"])).ood or [*done["gradient_norm"]][1:]
+        if c.ood and {*c.ood} != {*own}:
+            raise ValueError(f"{folder} is finished on other OOD sets: greg.py eval {folder} --ood")
+        remark(f"{folder} is finished: its results are read")
+        return done | {"config": done["config"] | {"id": c.id}}  # as it is spelled now
+    if c.cuda_graph and (device.type != "cuda" or world()[1] > 1 or c.grad_every > 1):
+        raise ValueError("--cuda-graph needs one GPU, one process, and --grad-every 1")
     with alone(folder):
         train_set, test_set, ood = load_sets(replace(c, n_train=0))  # to be compared whole
         aux = load_aux(c.aux, c.root, c.download, train_set.x.shape[1]) if c.aux else None
@@ -2429,7 +2430,7 @@ def certify_report(
     detector's threshold on x_in. "id_rejected": of x_in under attack, those over gamma (or S's)."""
     bad = n < 0 or not all(0 < v < math.inf for v in (sigma, *epsilons))
     if bad or not all(map(len, (x_in, *x_out.values()))):
-        raise ValueError("certificates need images of each set, finite eps, sigma > 0, draws >= 0")
+        raise ValueError("certificates need images of each set, 0 < eps < inf, sigma > 0, n >= 0")
     reach = -smoothed_radius(torch.zeros(1, n), 0.0, sigma, alpha).item() if n else 0.0  # all agree
     g, lipschitz, exact = rng(x_in.device, "certificates"), None, None
 
@@ -2915,7 +2916,7 @@ def command_certify(args: argparse.Namespace) -> None:
     say(shown(["OOD set", "ℓ2 ε", *row], cells))  # every row has the same keys
     rejected = ", ".join(f"{100 * v:.1f} at {eps:g}" for eps, v in report["id_rejected"].items())
     reach = f" Smoothing certifies to ε = {report['reach']:.3g} at most." if args.draws else ""
-    say(f"FPR95 (γ of these) / AUROC in %; ε = 0: clean. ID over the run's γ: {rejected}.{reach}")
+    say(f"FPR95 (γ of these) / AUROC, %. Attacked ID over the run's γ: {rejected}.{reach}")
     if "certified" not in row:
         say("No deterministic certificate: the network has layers without a rule.")
     write_atomically(folder / "certificates.json", json.dumps(report, indent=1, allow_nan=False))

@@ -1721,7 +1721,7 @@ def test_a_finished_run_is_read_and_passes_for_no_other(lab, tmp_path, monkeypat
     c, near = greg.saved_config(done["config"]), os.path.relpath(lab / "id.npz")
     assert {*done["metrics"]} == {*greg.POST_HOC_ROWS} and done["score"] == "energy"
     respelt = {"ood": [v.replace("=/", "=/../") for v in c.ood[::-1]], "id": f"/..{c.id}"}
-    for same in {}, {"id": near}, respelt:
+    for same in {}, {"id": near}, respelt, {"candidates": 9, "lambda_s": 2.0, "m_in": -9.0}:
         assert greg.train(greg.replace(c, **same), lab / "ce", CPU) == done
     others = [("other OOD sets", {"ood": (spec,)}) for spec in (c.ood[0], "rays", "synthetic")]
     monkeypatch.chdir(tmp_path)  # where `near` is another path
