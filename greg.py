@@ -366,7 +366,7 @@ def kmeans(
 
 def _seeds(x, square, k, generator):
     """Greedy k-means++ (Arthur & Vassilvitskii 2007) -> [k,d]; x centred, square = ‖x‖². For speed
-    only among 16·k points (or all), drawn ∝ square + its mean (as Bachem et al. 2018); the
+    only among 16·k points (or all), drawn ∝ square + its mean (odds of Bachem et al. 2018); the
     first is seed one. Each next: draw 2 + ⌊ln k⌋ ∝ squared distance to the nearest seed, keep the
     one that leaves the least sum of these. Memory: two [16·k,16·k] matrices, 2 GiB at k = 1,000."""
     weight = square.mean() + square + 1e-30  # 1e-30: if all x are equal
@@ -1086,7 +1086,7 @@ def _distance(family, z, draw):
     r, a, x, y, Z, pi = z.abs(), z.angle(), z.real.abs(), z.imag.abs(), z[:, None], math.pi
     if family.startswith("outlined "):  # inwards from the edge
         return (_distance(family.removeprefix("outlined "), z, draw) + 0.12).abs() - 0.12
-    if family in ("triangle", "square", "star"):  # n tips, r = 1; b: angle of tip, edge's normal
+    if family in ("triangle", "square", "star"):  # n tips, r = 1; b: angle, tip to edge's normal
         n, b = {"triangle": (3, pi / 3), "square": (4, pi / 4), "star": (5, 1.236)}[family]
         return r * ((a % (2 * pi / n) - pi / n).abs() - b).cos() - math.cos(b)
     if family == "cross":
@@ -1777,7 +1777,7 @@ def check_same(c: Config, saved: dict[str, Any], folder: Path) -> None:
         else:
             differ.append(f"{key} {old} -> {new}")
     if differ:
-        raise ValueError(f"{folder} holds another run ({', '.join(differ)}): choose another folder")
+        raise ValueError(f"{folder} differs, {', '.join(differ)}: its options or another folder")
 
 
 def check_classes(saved: dict[str, Any], classes: Sequence[str], size: int, where: Any) -> None:
@@ -2799,7 +2799,7 @@ def command_demo(args: argparse.Namespace) -> None:
         cells.setdefault(method, []).append(row)
     header = "method", "ID accuracy", "FPR95", "AUROC", "‖∇S‖ ID", "attacked: FPR95", "ID rejected"
     say(shown(header, [[m, *map(mean_std, zip(*v, strict=True))] for m, v in cells.items()]))
-    say(f"""In %, but for ‖∇S‖; six OOD families; seeds {seeds}; attacked at ℓ2 0.25. To look at:
+    say(f"""In %, but for ‖∇S‖; six OOD families; seeds {seeds}; 48 a set attacked, ℓ2 0.25. See:
 the energy loss should lower FPR95; the gradient term (greg) ‖∇S‖, and so what attacks achieve.""")
     figure_scores([runs / m / f"seed{seeds[0]}" for m in ("energy", "greg")], runs / "scores.png")
     say(f"{runs}: the runs, and scores.png, the scores of energy and greg with γ")
